@@ -1,0 +1,1 @@
+"""Reference implementations: one idea a file, every file runs as a script."""

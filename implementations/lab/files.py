@@ -1,0 +1,56 @@
+"""Files that survive accidents: a cache folder, and writes that happen wholly or not at all.
+
+    write(path, data)  =  write a temporary neighbour, then rename it over path
+
+A rename within one folder is atomic, so a reader sees the old file or the new one, never half of
+either.
+
+Run     uv run python implementations/lab/files.py
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+
+def cache_folder(*parts: str) -> Path:
+    """The user's cache folder for this repository, or a folder inside it; made if it is missing."""
+    folder = user_cache_path("ml-studies", appauthor=False).joinpath(*parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_atomically(path: Path, data: str | bytes) -> Path:
+    """Write all of `data` to `path`, or leave what was there; returns `path`.
+
+    Raises OSError, naming the path, when the folder is missing or cannot be written.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main() -> None:
+    path = write_atomically(cache_folder() / "example.txt", "all of it\n")
+    print(f"{path}\n  sha256 {sha256(path)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Pictures that several scripts draw, and a way to save one without leaving half a file.
+
+Run     uv run python implementations/lab/pictures.py
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from implementations.lab.files import cache_folder, write_atomically
+
+matplotlib.use("Agg")  # scripts save pictures; none opens a window
+
+
+def check_writable(path: Path) -> None:
+    """Raise a sentence now if `path` could not be written later, before any long work starts.
+
+    Raises:
+        ValueError: the path is a folder, or its ending names no picture format.
+        OSError: its folder is missing or cannot be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it, such as {path / 'attention.png'}")
+    endings = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:] not in endings:
+        raise ValueError(f"pictures end in one of {', '.join(endings)}; got {path}")
+    probe = path.with_name(f".{path.name}.probe")
+    write_atomically(probe, b"")
+    probe.unlink()
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Save wholly or not at all, in the format of the path's ending."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:], dpi=120, bbox_inches="tight")
+    return write_atomically(path, buffer.getvalue())
+
+
+def heat_map(matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str) -> Figure:
+    """A matrix as a square of colours, rows looking at columns, every row and column labelled."""
+    size = 1.5 + 0.32 * max(len(rows), len(columns))
+    figure = Figure(figsize=(min(size + 1, 14), min(size, 13)))
+    axes = figure.add_subplot()
+    image = draw_matrix(axes, matrix)
+    axes.set_xticks(range(len(columns)), columns, rotation=90)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(title=title, xlabel="looks at", ylabel="token")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
+    return figure
+
+
+def draw_matrix(axes: Axes, matrix: np.ndarray) -> matplotlib.image.AxesImage:
+    """Weights between 0 and 1 in one fixed colour scale, so that pictures can be compared."""
+    return axes.imshow(np.asarray(matrix), vmin=0, vmax=1, cmap="Blues")
+
+
+def main() -> None:
+    words = ["dog", "bites", "man"]
+    figure = heat_map(np.eye(3), words, words, "Everyone looks at themselves")
+    print("saved", save_figure(figure, cache_folder("figures") / "heat_map.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The transformer block: attention, then feed-forward, each added to a stream that runs straight
+through.
+
+    norm first   x = x + attention(norm(x));  x = x + feed_forward(norm(x))      GPT-2, Llama, ViT
+    norm last    x = norm(x + attention(x));  x = norm(x + feed_forward(x))      the 2017 transformer, BERT
+
+Encoder, decoder and vision transformer are this block, given different parts.
+
+Paper   Vaswani et al. 2017, arXiv:1706.03762; norm first: Xiong et al. 2020, arXiv:2002.04745
+Shapes  x [batch, token, width]
+Run     uv run python implementations/layers/block.py
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Attention and feed-forward on a residual stream.
+
+    Args:
+        attention: maps [batch, token, width] to the same shape; keyword arguments of `forward` go
+            to it.
+        feed_forward: maps each token alone.
+        norm: called twice, makes the two normalisations.
+        norm_first: normalise what enters each part (True) or what leaves each sum (False).
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        feed_forward: nn.Module,
+        norm: Callable[[], nn.Module],
+        *,
+        norm_first: bool = True,
+    ):
+        super().__init__()
+        self.attention, self.attention_norm = attention, norm()
+        self.feed_forward, self.feed_forward_norm = feed_forward, norm()
+        self.norm_first = norm_first
+
+    def forward(
+        self, x: Float[Tensor, "batch token width"], **options
+    ) -> Float[Tensor, "batch token width"]:
+        if self.norm_first:
+            x = x + self.attention(self.attention_norm(x), **options)
+            return x + self.feed_forward(self.feed_forward_norm(x))
+        x = self.attention_norm(x + self.attention(x, **options))
+        return self.feed_forward_norm(x + self.feed_forward(x))
+
+
+def main() -> None:
+    from implementations.attention.multi_head import MultiHeadAttention
+    from implementations.layers.feed_forward import FeedForward
+    from implementations.layers.layer_norm import LayerNorm
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 32, 64)
+    print("size of the stream after 12 blocks, at the start of training")
+    for norm_first in (True, False):
+        y = x
+        for _ in range(12):
+            parts = MultiHeadAttention(64, 4), FeedForward(64, 256)
+            y = Block(*parts, lambda: LayerNorm(64), norm_first=norm_first)(y)
+        print(f"  norm {'first' if norm_first else 'last '}  {y.pow(2).mean().sqrt():.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The feed-forward layer: each token alone goes up to a wider space, through a bend, and back.
+
+    output = activation(x W₁ + b₁) W₂ + b₂
+
+    gelu       x Φ(x), with Φ the normal distribution function: BERT, ViT
+    gelu_tanh  0.5 x (1 + tanh(sqrt(2/π) (x + 0.044715 x³))): GPT-2's approximation, up to 5e-4 away
+
+The two forms of GELU differ by enough to change a trained model's output and by too little to
+notice in its loss.
+
+Paper   Hendrycks & Gimpel 2016, arXiv:1606.08415
+Shapes  x [..., width]
+Run     uv run python implementations/layers/feed_forward.py
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x Φ(x), exactly: Φ from the error function; in float32 or wider, returned in the dtype of `x`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * 0.5 * (1 + torch.erf(wide / math.sqrt(2)))).to(x.dtype)
+
+
+def gelu_tanh(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The approximation of GELU by tanh (section 2 of the paper); widened as `gelu` is."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+    return (0.5 * wide * (1 + torch.tanh(inner))).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor] = gelu):
+        super().__init__()
+        self.expand, self.contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.activation = activation
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        return self.contract(self.activation(self.expand(x)))
+
+
+def main() -> None:
+    x = torch.linspace(-6, 6, 100_001, dtype=torch.float64)
+    apart = (gelu(x) - gelu_tanh(x)).abs()
+    print(
+        f"the two forms of GELU differ by at most {apart.max():.2e}, at x = {abs(x[apart.argmax()]):.2f}"
+    )
+    print(f"GELU's lowest point is {gelu(x).min():.4f}, at x = {x[gelu(x).argmin()]:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,6 @@ Run     uv run python implementations/attention_basic.py
         --layer 0 --head 5
 """
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,30 +131,33 @@ def main(config: Config) -> None:
     if len(tokens) <= 2:  # only [CLS] and [SEP]
         raise ValueError("the text is empty: give at least one word")
 
-    step("The words", config.text)
-    step("Tokens", " ".join(tokens))
+    step(1, "The words", config.text)
+    step(2, "Tokens", " ".join(tokens))
     print(f"{'':18}{encoded.ids}")
     with torch.no_grad():
         hidden = encoder.hidden_states(torch.tensor([encoded.ids]))
         projected = encoder.blocks[config.layer].attention.project(hidden[config.layer])
-    step("Embeddings", "a vector for every token", hidden[0][0])
+    step(3, "Embeddings", "a vector for every token", hidden[0][0])
     step(
-        f"Layer {config.layer}", f"the vectors after {config.layer} layers", hidden[config.layer][0]
+        4,
+        f"Layer {config.layer}",
+        f"the vectors after {config.layer} layers",
+        hidden[config.layer][0],
     )
-    step("Heads", f"the width split into heads; this is head {config.head}", projected[0][0])
+    step(5, "Heads", f"the width split into heads; this is head {config.head}", projected[0][0])
     query, key, value = (x[0, config.head, None] for x in projected)
-    step("Query, key", "what each token asks, and what it answers to", query[0])
+    step(6, "Query, key", "what each token asks, and what it answers to", query[0])
 
     scores = (query @ key.mT)[0] / query.shape[-1] ** 0.5
     weights, output = attention_weights(query, key)[0], attention_naive(query, key, value)
     focus = tokens.index("it") if "it" in tokens else 1
-    step("Scores", f"query · key / sqrt({query.shape[-1]})", scores)
+    step(7, "Scores", f"query · key / sqrt({query.shape[-1]})", scores)
     print_row(tokens, scores[focus], focus)
-    step("Weights", f"softmax: rows sum to {weights.sum(-1).mean():.3f}", weights)
+    step(8, "Weights", f"softmax: rows sum to {weights.sum(-1).mean():.3f}", weights)
     print_row(tokens, weights[focus], focus)
     print_looks(tokens, weights)
-    step("Output", "each token's average of the values, by its weights", output[0])
-    step("Is it right?", "largest error against the equation in float64")
+    step(9, "Output", "each token's average of the values, by its weights", output[0])
+    step(10, "Is it right?", "largest error against the equation in float64")
     check(query, key, value)
 
     title = f"MiniLM, layer {config.layer}, head {config.head}: who looks at whom"
@@ -165,10 +167,10 @@ def main(config: Config) -> None:
         compare_on_cuda()
 
 
-def step(name: str, meaning: str, x: Tensor | None = None, *, count=itertools.count(1)) -> None:
-    """Print the next step of the walk, with the shape of what it made."""
+def step(number: int, name: str, meaning: str, x: Tensor | None = None) -> None:
+    """Print one step of the walk, with the shape of what it made."""
     shape = "" if x is None else f"[{', '.join(map(str, x.shape))}] "
-    print(f"{next(count):2}. {name:14}{shape}{meaning}")
+    print(f"{number:2}. {name:14}{shape}{meaning}")
 
 
 def print_row(tokens: list[str], row: Tensor, position: int, columns: int = 10) -> None:

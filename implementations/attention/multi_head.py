@@ -82,7 +82,7 @@ class MultiHeadAttention(nn.Module):
         Float[Tensor, "batch key_head key dim"],
         Float[Tensor, "batch key_head key dim"],
     ]:
-        """Queries of `x`, keys and values of `context`, split into heads: head i is the i-th slice of the width."""
+        """Queries of `x`, keys and values of `context`; head i is the i-th slice of the width."""
         context = x if context is None else context
         query, key, value = (
             rearrange(y, "batch token (head dim) -> batch head token dim", dim=self.dim)

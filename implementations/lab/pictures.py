@@ -4,6 +4,7 @@ Run     uv run python implementations/lab/pictures.py
 """
 
 import io
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,13 +26,17 @@ def check_writable(path: Path) -> None:
         OSError: its folder is missing or cannot be written.
     """
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file in it, such as {path / 'attention.png'}")
+        raise ValueError(f"{path} is a folder: name a file inside it")
     endings = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:] not in endings:
         raise ValueError(f"pictures end in one of {', '.join(endings)}; got {path}")
-    probe = path.with_name(f".{path.name}.probe")
-    write_atomically(probe, b"")
-    probe.unlink()
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as problem:
+        raise OSError(
+            problem.errno, f"cannot write there ({problem.strerror})", str(path)
+        ) from None
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

@@ -1,8 +1,8 @@
 """The transformer block: attention, then feed-forward, each added to a stream that runs straight
 through.
 
-    norm first   x = x + attention(norm(x));  x = x + feed_forward(norm(x))      GPT-2, Llama, ViT
-    norm last    x = norm(x + attention(x));  x = norm(x + feed_forward(x))      the 2017 transformer, BERT
+    norm first   x = x + attention(norm(x));  x = x + feed_forward(norm(x))   GPT-2, Llama, ViT
+    norm last    x = norm(x + attention(x));  x = norm(x + feed_forward(x))   BERT, and in 2017
 
 Encoder, decoder and vision transformer are this block, given different parts.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 
 def gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """x Φ(x), exactly: Φ from the error function; in float32 or wider, returned in the dtype of `x`."""
+    """x Φ(x), exactly, Φ from the error function; in float32 or wider, returned as `x`'s dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * 0.5 * (1 + torch.erf(wide / math.sqrt(2)))).to(x.dtype)
 

@@ -1,7 +1,9 @@
 """The encoder: a stack of blocks in which every token sees every other. BERT, and MiniLM's real
 weights.
 
-    h_0 = norm(word + position + type);   h_i = block_i(h_{i-1}), norm last;   sentence = mean of h over real tokens
+    h_0 = norm(word + position + type)
+    h_i = block_i(h_{i-1}), norm last
+    sentence = mean of the last h over the text's tokens, scaled to length one
 
 Paper   Devlin et al. 2018, arXiv:1810.04805; sentence embeddings: Reimers & Gurevych 2019,
         arXiv:1908.10084
@@ -146,7 +148,7 @@ class Encoder(nn.Module):
         return torch.tanh(self.pooler(hidden[:, 0]))
 
     def embed(self, texts: Sequence[str], tokenizer: Tokenizer) -> Float[Tensor, "text width"]:
-        """Sentence embeddings of length one: the mean of the last hidden states over each text's tokens."""
+        """Sentence embeddings: each text's mean last hidden state, scaled to length one."""
         tokens, mask = pad([tokenizer.encode(text).ids for text in texts])
         device = self.pooler.weight.device
         with torch.no_grad():

@@ -28,7 +28,7 @@ def minilm_file(name: str) -> str:
 
 
 def minilm_weights() -> dict[str, Tensor]:
-    """MiniLM's 104 tensors under Hugging Face's BertModel names; float32, positions int64. Apache-2.0."""
+    """MiniLM's 104 tensors by their Hugging Face names; float32, positions int64. Apache-2.0."""
     return safetensors.torch.load_file(minilm_file("model.safetensors"))
 
 

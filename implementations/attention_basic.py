@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from implementations.lab.command_line import clear_errors
 from implementations.lab.compare import allowed, error
 
-Mask = Bool[Tensor, "*#batch #head #query key"] | Float[Tensor, "*#batch #head #query key"]
+Mask = Bool[Tensor, "... #query #key"] | Float[Tensor, "... #query #key"]
 
 
 def attention_naive(

@@ -49,9 +49,8 @@ class FeedForward(nn.Module):
 def main() -> None:
     x = torch.linspace(-6, 6, 100_001, dtype=torch.float64)
     apart = (gelu(x) - gelu_tanh(x)).abs()
-    print(
-        f"the two forms of GELU differ by at most {apart.max():.2e}, at x = {abs(x[apart.argmax()]):.2f}"
-    )
+    where = abs(x[apart.argmax()])
+    print(f"the two forms of GELU differ by at most {apart.max():.2e}, at x = ±{where:.2f}")
     print(f"GELU's lowest point is {gelu(x).min():.4f}, at x = {x[gelu(x).argmin()]:.3f}")
 
 

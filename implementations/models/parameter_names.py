@@ -31,7 +31,7 @@ def to_published(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[
 def from_published(
     weights: Mapping[str, Tensor], names: Iterable[str], table: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """Published weights under our names; an unknown one keeps its own, so that a strict load fails."""
+    """Published weights under our names; an unknown one keeps its own: a strict load fails."""
     ours = {published_name(name, table): name for name in names}
     return {ours.get(name, name): tensor for name, tensor in weights.items()}
 

@@ -1,4 +1,4 @@
-"""What every test stands on: fixed seeds, poisoned memory, checked shapes, and kernels without a GPU."""
+"""What every test stands on: seeds, poisoned memory, checked shapes, kernels without a GPU."""
 
 import os
 import warnings
@@ -18,8 +18,8 @@ if not torch.cuda.is_available():
 
 import jaxtyping
 
-# Shapes in signatures are checked while tests run. Not in kernel files: the hook would hide a kernel's
-# helpers from Triton.
+# Shapes in signatures are checked while tests run. Not in kernel files: the hook would hide a
+# kernel's helpers from Triton.
 KERNELS = ("_triton", "_hopper")
 
 

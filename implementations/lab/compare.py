@@ -91,7 +91,7 @@ def assert_same_function(
 def assert_same_accuracy(
     fast: Callable, naive: Callable, *inputs: Tensor, slack: float = 2.0
 ) -> None:
-    """On narrow inputs `fast` is at most `slack` times as wrong as `naive`, at worst and on average."""
+    """`fast` is at most `slack` times as wrong as `naive`, in the largest error and in the mean."""
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
     upstream = torch.randn_like(naive(*inputs))
     exact = outputs_and_gradients(naive, wide, upstream)

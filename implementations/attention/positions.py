@@ -97,7 +97,7 @@ class LearnedPositions(nn.Module):
 def rotate_interleaved(
     x: Float[Tensor, "*batch token dim"], positions: Positions | None = None, base: float = 10000.0
 ) -> Float[Tensor, "*batch token dim"]:
-    """Rotary positions on the pairs (0, 1), (2, 3), ... (equation 34 of Su et al.).
+    """Rotary positions on the pairs (0, 1), (2, 3), ...: the efficient realization of Su et al.
 
     Arguments and errors are those of `rotate_pairs`.
     """

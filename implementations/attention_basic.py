@@ -39,11 +39,10 @@ def attention_naive(
     mask: Mask | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "*batch head query value_dim"]:
-    """softmax(query keyᵀ · scale) value, in float32 or wider, returned in the query's dtype
-    (equation 1 of the paper).
+    """softmax(query keyᵀ · scale) value, equation 1 of the paper.
 
-    Arguments and errors are those of `attention_weights`. A query that may attend to nothing gets
-    zeros.
+    Computed in float32 or wider, returned in the query's dtype. Arguments and errors are those of
+    `attention_weights`. A query that sees no key gets zeros.
     """
     weights = attention_weights(query, key, causal=causal, mask=mask, scale=scale)
     value = repeat_heads(value, query.shape[-3]).to(weights.dtype)
@@ -61,13 +60,13 @@ def attention_weights(
     """Who looks at whom: each row is a distribution over keys, or zeros where no key is allowed.
 
     Args:
-        causal: query i sees key j only if j <= i + keys - queries: the last query is at the last
-            key.
+        causal: query i sees key j only if j <= i + keys - queries; the last query sees them all.
         mask: True where a query may look, or a number added to the score (-inf forbids).
         scale: factor on the scores, dim ** -0.5 unless given.
 
     Raises:
-        ValueError: causal with more queries than keys, or key heads that do not divide the heads.
+        ValueError: causal with more queries than keys, key heads that do not divide the heads, or a
+            mask of integers, of which nobody can say what they mean.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     key = repeat_heads(key, query.shape[-3]).to(wide)
@@ -76,12 +75,21 @@ def attention_weights(
     if causal:
         scores = scores.masked_fill(future(*scores.shape[-2:], scores.device), -torch.inf)
     if mask is not None:
-        scores = (
-            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        )
+        scores = masked(scores, mask)
     sees_nothing = (scores == -torch.inf).all(-1, keepdim=True)  # its softmax would be 0 / 0
     weights = scores.masked_fill(sees_nothing, 0.0).softmax(-1)
     return weights.masked_fill(sees_nothing, 0.0)
+
+
+def masked(
+    scores: Float[Tensor, "*batch head query key"], mask: Mask
+) -> Float[Tensor, "*batch head query key"]:
+    """Scores with -inf where a Boolean mask is False, or with a floating-point mask added."""
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    if not mask.is_floating_point():
+        raise ValueError(f"a mask is Boolean or added to the scores as floats, got {mask.dtype}")
+    return scores + mask
 
 
 def future(
@@ -161,7 +169,7 @@ def main(config: Config) -> None:
     check(query, key, value)
 
     title = f"MiniLM, layer {config.layer}, head {config.head}: who looks at whom"
-    save_figure(heat_map(weights, tokens, tokens, title), config.output)
+    save_figure(heat_map(weights.numpy(), tokens, tokens, title), config.output)
     print(f"Heat map saved to {config.output}")
     if torch.cuda.is_available():
         compare_on_cuda()

@@ -45,7 +45,7 @@ def attention_weights_jax(
     """Each row is a distribution over keys, or zeros where no key is allowed.
 
     Raises:
-        ValueError: causal with more queries than keys, or key heads that do not divide the heads.
+        ValueError: as `attention_weights`.
     """
     wide = jnp.promote_types(query.dtype, jnp.float32)
     key = repeat_heads_jax(key, query.shape[-3]).astype(wide)
@@ -54,10 +54,21 @@ def attention_weights_jax(
     if causal:
         scores = jnp.where(future_jax(*scores.shape[-2:]), -jnp.inf, scores)
     if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf) if mask.dtype == bool else scores + mask
+        scores = masked_jax(scores, mask)
     sees_nothing = (scores == -jnp.inf).all(-1, keepdims=True)
     weights = jax.nn.softmax(jnp.where(sees_nothing, 0.0, scores), axis=-1)
     return jnp.where(sees_nothing, 0.0, weights)
+
+
+def masked_jax(
+    scores: Float[Array, "*batch head query key"], mask: Mask
+) -> Float[Array, "*batch head query key"]:
+    """Scores with -inf where a Boolean mask is False, or with a floating-point mask added."""
+    if mask.dtype == bool:
+        return jnp.where(mask, scores, -jnp.inf)
+    if not jnp.issubdtype(mask.dtype, jnp.floating):
+        raise ValueError(f"a mask is Boolean or added to the scores as floats, got {mask.dtype}")
+    return scores + mask
 
 
 def future_jax(queries: int, keys: int) -> Bool[Array, "query key"]:

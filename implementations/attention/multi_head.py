@@ -106,17 +106,15 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(
                 "only nn.MultiheadAttention of one width without extra keys fits this layer"
             )
-        ours = cls(
-            module.embed_dim, module.num_heads, bias=module.in_proj_bias is not None, **options
-        )
-        stacked = {"weight": module.in_proj_weight, "bias": module.in_proj_bias}
+        bias = module.in_proj_bias is not None
         state = {f"output.{kind}": tensor for kind, tensor in module.out_proj.state_dict().items()}
-        for kind, tensor in stacked.items():
-            if tensor is not None:
-                parts = zip(("query", "key", "value"), tensor.detach().chunk(3), strict=True)
-                state |= {f"{name}.{kind}": part for name, part in parts}
-        ours.load_state_dict(state)
-        return ours.to(module.in_proj_weight)
+        for kind in ("weight", "bias") if bias else ("weight",):
+            thirds = getattr(module, f"in_proj_{kind}").detach().chunk(3)
+            names = (f"{name}.{kind}" for name in ("query", "key", "value"))
+            state |= zip(names, thirds, strict=True)
+        ours = cls(module.embed_dim, module.num_heads, bias=bias, **options)
+        ours.to(module.in_proj_weight).load_state_dict(state)  # first the dtype: no digit is lost
+        return ours
 
 
 def main() -> None:

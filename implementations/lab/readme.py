@@ -26,7 +26,8 @@ PART = re.compile(r"<!-- (findings|weeks|output: (.+?)) -->\n(.*?)<!-- end -->",
 
 def documents(root: Path = ROOT) -> list[Path]:
     """Every page that may hold a generated part."""
-    return [root / "README.md", *sorted(root.glob("weeks/*/README.md")), *root.glob("notes/*.md")]
+    pages = [*root.glob("weeks/*/README.md"), *root.glob("notes/*.md")]
+    return [root / "README.md", *sorted(pages)]
 
 
 def filled(page: Path, root: Path = ROOT, *, outputs: bool = True) -> str:

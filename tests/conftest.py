@@ -1,6 +1,8 @@
 """What every test stands on: seeds, poisoned memory, checked shapes, kernels without a GPU."""
 
 import os
+import sys
+import types
 import warnings
 
 import pytest
@@ -17,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import jaxtyping
+from beartype import BeartypeConf, beartype
 
 # Shapes in signatures are checked while tests run. Not in kernel files: the hook would hide a
 # kernel's helpers from Triton.
@@ -36,7 +39,11 @@ def checked_modules() -> list[str]:
     return found
 
 
-jaxtyping.install_import_hook(checked_modules(), "beartype.beartype")
+# The hook wants its checker as an importable name; this one lets an int stand where a float may.
+checker = types.ModuleType("shape_checker")
+checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+sys.modules[checker.__name__] = checker
+jaxtyping.install_import_hook(checked_modules(), "shape_checker.check")
 
 
 @pytest.fixture(autouse=True)

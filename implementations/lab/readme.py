@@ -31,7 +31,7 @@ def documents(root: Path = ROOT) -> list[Path]:
 
 
 def filled(page: Path, root: Path = ROOT, *, outputs: bool = True) -> str:
-    """The page's text with its generated parts made anew; with `outputs=False` no command is run."""
+    """The page's text with its generated parts made anew; no command is run if not `outputs`."""
 
     def part(match: re.Match) -> str:
         kind, command, old = match.groups()

@@ -1,0 +1,31 @@
+"""Peak memory on calls whose answer is known by counting."""
+
+import pytest
+import torch
+
+from implementations.lab.memory import peak_bytes
+
+SIZE = 1000 * 4  # bytes of one float32 vector of 1,000
+
+
+@pytest.mark.parametrize(
+    "function, vectors",
+    [
+        (lambda x: x + 1, 1),
+        (lambda x: (x + 1) * 2, 2),  # the sum lives until the product is made
+        (lambda x: ((x + 1) * 2) + 3, 2),  # and is gone before the next
+        (lambda x: (x + 1).mul_(2), 1),
+        (lambda x: x.view(10, 100).T, 0),  # a view owns nothing
+        (lambda x: [x + i for i in range(5)], 5),
+        (lambda x: x, 0),
+    ],
+)
+def test_peak_by_counting(function, vectors):
+    assert peak_bytes(function, torch.randn(1000)) == vectors * SIZE
+
+
+@pytest.mark.cuda
+def test_peak_on_a_gpu():
+    """The allocator rounds up to 512 bytes."""
+    x = torch.randn(2**20, device="cuda")
+    assert peak_bytes(lambda x: (x + 1) * 2, x) == 2 * 4 * 2**20

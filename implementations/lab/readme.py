@@ -15,6 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from implementations.lab.files import write_atomically
@@ -84,13 +85,16 @@ def cell(text: str) -> str:
 
 
 def output(command: str, root: Path) -> str:
-    """What a command of the form `uv run python ...` prints, run with this very Python."""
+    """What a command of the form `uv run python FILE ...` prints, run with this very Python.
+
+    It runs in a folder of its own, where whatever it saves is dropped.
+    """
     words = shlex.split(command)
     if words[:3] != ["uv", "run", "python"]:
         raise ValueError(f"a shown command starts with `uv run python`, got {command!r}")
-    done = subprocess.run(
-        [sys.executable, *words[3:]], cwd=root, capture_output=True, text=True, check=True
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(root / words[3]), *words[4:]]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout
 
 

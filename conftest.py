@@ -18,6 +18,7 @@ run_block = PythonEvaluator()
 
 def run_after_those_above(example: Example) -> None:
     """Run every block up to this one that has not run yet."""
+    __tracebackhide__ = True  # a failure shows the document, not this
     ran = example.namespace.setdefault("__ran__", set())
     for block in example.document.examples():
         if block.start <= example.start and block.start not in ran:

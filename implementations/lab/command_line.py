@@ -1,8 +1,11 @@
 """What a script says when its input is wrong: one sentence, exit code 2, no traceback.
 
+A reader that has seen enough (`... | head -1`) is no mistake: the script stops without a word.
+
 Run     uv run python implementations/lab/command_line.py
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +16,12 @@ def clear_errors() -> Iterator[None]:
     """Turn the ValueError or OSError of a mistake into `error: ...` on stderr and exit code 2."""
     try:
         yield
+        sys.stdout.flush()  # here and not at exit, where a broken pipe can no longer be caught
+    except BrokenPipeError:
+        # What is still buffered would raise once more at exit, so it goes nowhere (Python's manual,
+        # "Note on SIGPIPE").
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as problem:
         named = problem.strerror and problem.filename
         fail(f"{problem.filename}: {problem.strerror}" if named else str(problem))

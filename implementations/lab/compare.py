@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -27,26 +28,37 @@ class Error(NamedTuple):
 
 
 def error(approximate: Tensor, exact: Tensor) -> Error:
-    """Largest and mean absolute difference. NaN where either is NaN, so that NaN never passes."""
+    """Largest and mean absolute difference; equal infinities differ by nothing.
+
+    NaN where either is NaN, so that NaN never passes.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
     if approximate.shape != exact.shape:
         raise ValueError(f"shapes differ: {tuple(approximate.shape)} and {tuple(exact.shape)}")
     if exact.numel() == 0:
         return Error(0.0, 0.0)
-    difference = (approximate.detach().to(exact.device).double() - exact.detach().double()).abs()
+    approximate, exact = approximate.detach().to(exact.device).double(), exact.detach().double()
+    difference = (approximate - exact).abs().masked_fill(approximate == exact, 0.0)
     return Error(difference.max().item(), difference.mean().item())
+
+
+def magnitude(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Absolute values in float64; zero for an infinity, which would allow every error."""
+    return x.detach().double().abs().masked_fill(x.detach().isinf(), 0.0)
 
 
 def allowed(naive: Tensor, exact: Tensor, slack: float = 2.0) -> Error:
     """The error that a fast path may show next to naive's own: `slack` times it, plus one rounding.
 
-    One rounding of a value x is at most eps/2 |x|; the mean of it over many values is half as much
-    again.
+    One rounding of a value x is at most eps/2 |x|; over many values it is half of that on average.
     """
     own = error(naive, exact)
     if exact.numel() == 0:
         return Error(0.0, 0.0)
     unit = torch.finfo(naive.dtype).eps / 2
-    size = exact.detach().abs().double()
+    size = magnitude(exact)
     return Error(
         slack * own.largest + unit * size.max().item(),
         slack * own.mean + unit * size.mean().item() / 2,
@@ -63,10 +75,10 @@ def outputs_and_gradients(
     """
     leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
     output = function(*leaves)
-    if not output.requires_grad:
-        return [output]
-    upstream = torch.randn_like(output) if upstream is None else upstream.to(output)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if not (wanted and output.requires_grad):
+        return [output, *map(torch.zeros_like, wanted)]
+    upstream = torch.randn_like(output) if upstream is None else upstream.to(output)
     return [output, *torch.autograd.grad(output, wanted, upstream, materialize_grads=True)]
 
 
@@ -76,7 +88,9 @@ def assert_same_function(
     """Outputs and gradients of `fast` and `naive` agree in float64, relative to the largest value
     or to 1.
 
-    Raises ValueError if a floating-point input is not float64, AssertionError naming what differs.
+    Raises:
+        ValueError: a floating-point input is not float64.
+        AssertionError: naming the output or the gradient that differs.
     """
     if narrow := [x.dtype for x in inputs if x.is_floating_point() and x.dtype != torch.float64]:
         raise ValueError(f"whether two forms are one function is asked in float64, got {narrow}")
@@ -84,14 +98,20 @@ def assert_same_function(
     expected = outputs_and_gradients(naive, inputs, upstream)
     actual = outputs_and_gradients(fast, inputs, upstream)
     for name, got, want in zip(names(expected), actual, expected, strict=True):
-        limit = relative * max(1.0, want.abs().max().item()) if want.numel() else 0.0
+        limit = relative * max(1.0, magnitude(want).max().item()) if want.numel() else 0.0
         assert error(got, want).largest <= limit, f"{name}: {error(got, want)} over {limit:.1e}"
 
 
 def assert_same_accuracy(
     fast: Callable, naive: Callable, *inputs: Tensor, slack: float = 2.0
 ) -> None:
-    """`fast` is at most `slack` times as wrong as `naive`, in the largest error and in the mean."""
+    """`fast` is at most `slack` times as wrong as `naive`, in the largest error and in the mean.
+
+    Where `naive` overflows, nothing can be said about `fast`, and that fails too.
+
+    Raises:
+        AssertionError: naming the output or the gradient that is too wrong.
+    """
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
     upstream = torch.randn_like(naive(*inputs))
     exact = outputs_and_gradients(naive, wide, upstream)
@@ -103,8 +123,8 @@ def assert_same_accuracy(
         assert fast_value.dtype == naive_value.dtype, f"{name}: {fast_value.dtype}"
         limit = allowed(naive_value, exact_value, slack)
         seen = error(fast_value, exact_value)
-        assert seen.largest <= limit.largest, f"{name}: largest {seen.largest:.2e} over {limit}"
-        assert seen.mean <= limit.mean, f"{name}: mean {seen.mean:.2e} over {limit}"
+        for kind, wrong, most in zip(Error._fields, seen, limit, strict=True):
+            assert wrong <= most < torch.inf, f"{name}: {kind} error {wrong:.2e} over {most:.2e}"
 
 
 def names(values: Sequence) -> list[str]:

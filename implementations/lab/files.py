@@ -10,6 +10,8 @@ Run     uv run python implementations/lab/files.py
 
 import hashlib
 import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -25,19 +27,25 @@ def cache_folder(*parts: str) -> Path:
 def write_atomically(path: Path, data: str | bytes) -> Path:
     """Write all of `data` to `path`, or leave what was there; returns `path`.
 
-    Raises OSError, naming the path, when the folder is missing or cannot be written.
+    Raises:
+        OSError: naming the path, when its folder is missing or cannot be written, or the disk is
+            full.
     """
     data = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Random, because threads share a process number, and so do hosts that share a disk.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as problem:
+        # The system names the temporary neighbour, of which the user knows nothing.
+        raise OSError(problem.errno, problem.strerror, str(path)) from problem
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
     return path
 
 

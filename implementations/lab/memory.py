@@ -11,6 +11,7 @@ Run     uv run python implementations/lab/memory.py
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,23 +22,24 @@ from torch.utils._pytree import tree_leaves
 class CountStorages(TorchDispatchMode):
     """Keeps `held` and `peak`, the bytes of the storages made inside the `with` block."""
 
-    def __init__(self, *inputs: Tensor):
+    def __init__(self):
         super().__init__()
         self.held = self.peak = 0
-        self.known = {id(x.untyped_storage()): x.untyped_storage() for x in inputs}
+        self.older: dict[int, torch.UntypedStorage] = {}  # held, so that no id is used again
         self.living: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for storage in storages((args, kwargs)):  # first seen as an input: not made in here
+            if id(storage) not in self.living:
+                self.older[id(storage)] = storage
         result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.add(leaf.untyped_storage())
+        for storage in storages(result):
+            if id(storage) not in self.living and id(storage) not in self.older:
+                self.add(storage)
         return result
 
     def add(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
-        if key in self.known or key in self.living:
-            return
         self.held += size
         self.peak = max(self.peak, self.held)
         self.living[key] = weakref.finalize(storage, self.drop, key, size)
@@ -45,6 +47,11 @@ class CountStorages(TorchDispatchMode):
     def drop(self, key: int, size: int) -> None:
         self.held -= size
         del self.living[key]
+
+
+def storages(tree: Any) -> list[torch.UntypedStorage]:
+    """The storages of all tensors in nested tuples, lists and dictionaries."""
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def peak_bytes(function: Callable, *inputs: Tensor) -> int:
@@ -57,7 +64,7 @@ def peak_bytes(function: Callable, *inputs: Tensor) -> int:
         peak = torch.cuda.max_memory_allocated() - before
         del result
         return peak
-    with CountStorages(*inputs) as count:
+    with CountStorages() as count:
         result = function(*inputs)
         peak = count.peak
         del result

@@ -5,6 +5,7 @@ import torch
 
 from implementations.lab.memory import peak_bytes
 
+WEIGHT = torch.randn(1000)
 SIZE = 1000 * 4  # bytes of one float32 vector of 1,000
 
 
@@ -18,6 +19,10 @@ SIZE = 1000 * 4  # bytes of one float32 vector of 1,000
         (lambda x: x.view(10, 100).T, 0),  # a view owns nothing
         (lambda x: [x + i for i in range(5)], 5),
         (lambda x: x, 0),
+        (
+            lambda x: WEIGHT.view(10, 100).T.reshape(-1) * x,
+            2,
+        ),  # what was there before does not count
     ],
 )
 def test_peak_by_counting(function, vectors):

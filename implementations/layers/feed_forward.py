@@ -65,14 +65,22 @@ class FeedForward(nn.Module):
 class SwiGLU(nn.Module):
     """A gated feed-forward layer: three linear maps, without biases unless asked for."""
 
-    def __init__(self, width: int, hidden: int, *, bias: bool = False):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: Callable[[Tensor], Tensor] = silu,
+        *,
+        bias: bool = False,
+    ):
         super().__init__()
+        self.activation = activation
         self.gate = nn.Linear(width, hidden, bias=bias)
         self.expand = nn.Linear(width, hidden, bias=bias)
         self.contract = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        return self.contract(silu(self.gate(x)) * self.expand(x))
+        return self.contract(self.activation(self.gate(x)) * self.expand(x))
 
 
 def main() -> None:

@@ -95,7 +95,8 @@ class DecoderConfig:
 
     def make_feed_forward(self) -> nn.Module:
         if self.feed_forward == "swiglu":
-            return SwiGLU(self.width, self.hidden, bias=self.bias)
+            # Torch's silu is one pass over the wide space, ours two: 2% of SmolLM2's forward pass.
+            return SwiGLU(self.width, self.hidden, nn.functional.silu, bias=self.bias)
         return FeedForward(self.width, self.hidden, gelu_tanh, bias=self.bias)
 
 

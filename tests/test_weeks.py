@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 
 from implementations.lab.findings import Finding
 from implementations.lab.readme import PART, documents, filled, output
@@ -26,11 +27,13 @@ def name(path: Path) -> str:
 def test_script_finds_what_it_expects(script, cache, monkeypatch, capsys):
     """Exit code 0 says that every expectation holds, with --quick as without."""
     monkeypatch.setattr(sys, "argv", [str(script), "--quick"])
+    threads = torch.get_num_threads()
     try:
         with pytest.raises(SystemExit) as leaving:
             runpy.run_path(str(script), run_name="__main__")
     finally:
         plt.close("all")
+        torch.set_num_threads(threads)
     printed = capsys.readouterr()
     assert leaving.value.code == 0, printed.out + printed.err
     assert "finding" in printed.out

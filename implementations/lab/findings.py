@@ -120,7 +120,7 @@ def rows(findings: Sequence[Finding]) -> list[tuple[str, str, str, str]]:
     table = []
     for finding in findings:
         spread = "" if finding.spread is None else f" ± {number(finding.spread)}"
-        repeats = f" ({finding.seeds} seeds)" if finding.seeds else ""
+        repeats = f" ({finding.seeds} seeds)" if (finding.seeds or 0) > 1 else ""
         measured = f"{number(finding.measured)}{spread} {finding.unit}".strip() + repeats
         demand = str(finding.expected) if finding.expected else ""
         demand = f"goal: {finding.goal}" if finding.goal and not demand else demand

@@ -138,7 +138,8 @@ def device_name(device: str) -> str:
     """What the numbers are measured on."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def short_name(device: str) -> str:

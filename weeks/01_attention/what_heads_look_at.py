@@ -104,7 +104,8 @@ def main(config: Config) -> list[Finding]:
     print("viewer", write_atomically(viewer, f"<!doctype html><meta charset='utf-8'>{page}"))
     print(f"{len(encoded.tokens)} tokens: {text[:80]}…")
 
-    resting = (mass["first"] + mass["separator"] > 0.5).sum().item()
+    resting = mass["first"] + mass["separator"]
+    by_layer = resting.mean(-1)
     return [
         Finding(
             "largest entropy of a head, in units of log2(length)",
@@ -116,10 +117,14 @@ def main(config: Config) -> list[Finding]:
         strongest(mass["previous"], "the previous token"),
         strongest(mass["first"], "[CLS]"),
         strongest(mass["separator"], "[SEP]"),
-        Finding("heads that rest on [CLS] and [SEP] with over half their weight", resting, "of 72"),
-        *(
-            Finding(f"mass on [CLS] and [SEP], mean over layer {layer}", share.item())
-            for layer, share in enumerate((mass["first"] + mass["separator"]).mean(-1))
+        Finding(
+            "heads that rest on [CLS] and [SEP] with over half their weight",
+            (resting > 0.5).sum().item(),
+            "of 72",
+        ),
+        Finding(
+            f"mass on [CLS] and [SEP] in layer {by_layer.argmax()}, the most of any layer",
+            by_layer.max().item(),
         ),
     ]
 

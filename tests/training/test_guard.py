@@ -1,0 +1,47 @@
+"""Signals leave a note, and a folder belongs to one process."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from implementations.training.guard import exclusive, stop_requests
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_and_interrupts_nothing(number):
+    before = signal.getsignal(number)
+    with stop_requests() as asked:
+        os.kill(os.getpid(), number)
+        assert asked == [number]
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with stop_requests() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert asked == [signal.SIGINT]
+
+
+def test_another_thread_can_train_without_handlers():
+    seen = []
+
+    def work():
+        with stop_requests() as asked:
+            seen.append(asked)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [[]]
+
+
+def test_a_folder_is_held_by_one_and_let_go_of(tmp_path):
+    refusal = pytest.raises(ValueError, match="another process is training in")
+    with exclusive(tmp_path), refusal, exclusive(tmp_path):
+        pass
+    with exclusive(tmp_path):
+        pass

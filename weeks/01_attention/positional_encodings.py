@@ -23,8 +23,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from implementations.attention import positions
 from implementations.attention.multi_head import MultiHeadAttention
+from implementations.attention.positions import (
+    LearnedPositions,
+    alibi_bias,
+    rotate_half_split,
+    sinusoidal_positions,
+)
 from implementations.lab.compare import error
 from implementations.lab.findings import Expectation, Finding, at_least, at_most, equals
 from implementations.lab.script import run
@@ -60,25 +65,25 @@ class Reader(nn.Module):
     def __init__(self, encoding: str, tokens: int, width: int, length: int):
         super().__init__()
         self.encoding = encoding
-        rotate = positions.rotate_half_split if encoding == "rotary" else None
+        rotate = rotate_half_split if encoding == "rotary" else None
         self.embed, self.predict = nn.Embedding(tokens, width), nn.Linear(width, tokens)
         self.blocks, self.norm = nn.ModuleList(), LayerNorm(width)
         for _ in range(2):
             parts = MultiHeadAttention(width, HEADS, rotate=rotate), FeedForward(width, 4 * width)
             self.blocks.append(Block(*parts, lambda: LayerNorm(width)))
         if encoding == "learned":  # drawn last, so that a seed gives all readers the same weights
-            self.table = positions.LearnedPositions(length, width)
+            self.table = LearnedPositions(length, width)
 
     def forward(
         self, tokens: Int[Tensor, "batch token"], causal: bool = True
     ) -> Float[Tensor, "batch token next"]:
         x, mask, length = self.embed(tokens), None, tokens.shape[1]
         if self.encoding == "sinusoidal":
-            x = x + positions.sinusoidal_positions(length, x.shape[-1], dtype=x.dtype)
+            x = x + sinusoidal_positions(length, x.shape[-1], dtype=x.dtype)
         if self.encoding == "learned":
             x = self.table(x)
         if self.encoding == "ALiBi":
-            mask = positions.alibi_bias(HEADS, length, length, x.dtype)
+            mask = alibi_bias(HEADS, length, length, x.dtype)
         for block in self.blocks:
             x = block(x, causal=causal, mask=mask)
         return self.predict(self.norm(x))
@@ -97,9 +102,9 @@ def scores_by_place(places: Int[Tensor, " place"], distance: int) -> dict[str, T
     """Scores [pair, place] of 4 random queries with keys that stand `distance` before them."""
     torch.manual_seed(0)
     query, key = torch.randn(2, 4, 1, 64, dtype=torch.float64).expand(-1, -1, len(places), -1)
-    table = positions.sinusoidal_positions(int(places.max()) + 1, 64, dtype=torch.float64)
+    table = sinusoidal_positions(int(places.max()) + 1, 64, dtype=torch.float64)
     added = (query + table[places]) * (key + table[places - distance])
-    rotate = positions.rotate_half_split
+    rotate = rotate_half_split
     turned = rotate(query, places) * rotate(key, places - distance)
     return {"sinusoidal": added.sum(-1) / 64**0.5, "rotary": turned.sum(-1) / 64**0.5}
 

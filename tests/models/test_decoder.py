@@ -151,6 +151,12 @@ def test_too_long_and_not_llama_are_sentences(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_epsilon_reaches_every_norm():
+    decoder = Decoder(DecoderConfig(**SMALL.__dict__ | {"epsilon": 0.125}))
+    norms = [module for module in decoder.modules() if hasattr(module, "epsilon")]
+    assert len(norms) == 5 and all(norm.epsilon == 0.125 for norm in norms)
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> Decoder:
     return Decoder.from_smollm2(attention_sdpa)
@@ -193,6 +199,7 @@ def assert_as_exact_as_transformers(smollm2, reference, texts) -> None:
     print(
         f"largest {seen.max():.2e} and {own.max():.2e}, mean {seen.mean():.2e} and {own.mean():.2e}"
     )
+    assert own.max() < 1e-2, "our float64 model is not the one that transformers runs"
     assert seen.max() <= 2 * own.max() and seen.mean() <= 2 * own.mean()
 
 

@@ -205,8 +205,8 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_weights(
         updates.append(1)
         if len(updates) == 8 and where == "loss":
             return total * value, count
-        if len(updates) == 8:  # a finite loss with an infinite slope: sqrt at zero
-            total = total + value * (model.head.bias.sum() - model.head.bias.sum().detach())
+        if len(updates) == 8:
+            model.head.bias.register_hook(lambda gradient: gradient * value)
         return total, count
 
     model = tiny()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from implementations.sources.text import bible_verses
+from implementations.sources.text import bible_characters, bible_verses
 
 VERSES_OF_THE_BOOKS = {1: 1533, 19: 2461, 31: 21, 40: 1071, 43: 879, 63: 13, 66: 404}
 
@@ -98,6 +98,14 @@ def test_the_language_is_the_one_promised(web, kjv):
     """The old version says "thou" thousands of times and the modern one hardly ever."""
     thou = [sum(verse.lower().split().count("thou") for verse in b.values()) for b in (web, kjv)]
     assert thou[0] < 10 and thou[1] > 4000
+
+
+def test_characters_spell_the_verses(web):
+    """Read back by the alphabet, one by one, they are the verses, each on a line."""
+    characters, alphabet = bible_characters("web")
+    assert alphabet == "".join(sorted(set(alphabet)))
+    assert characters.unique().tolist() == list(range(len(alphabet)))
+    assert "".join(alphabet[i] for i in characters.tolist()).split("\n") == list(web.values())
 
 
 def test_the_packages_are_parsed_and_never_executed(web, kjv):

@@ -58,6 +58,13 @@ class Block(nn.Module):
         context_mask: Mask | None = None,
         **options,
     ) -> Float[Tensor, "batch token width"]:
+        """The stream after this block.
+
+        Raises:
+            ValueError: a block with cross-attention got nothing to read.
+        """
+        if self.cross_attention is not None and context is None:
+            raise ValueError("a block with cross-attention reads a context, and got none")
         x = self.add(x, self.attention, self.attention_norm, **options)
         if self.cross_attention is not None:
             reads = {"context": context, "mask": context_mask}

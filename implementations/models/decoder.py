@@ -1,5 +1,4 @@
-"""The decoder: a stack of causal blocks that scores the next token. GPT-2 and Llama are two settings
-of it.
+"""The decoder: causal blocks that score the next token. GPT-2 and Llama are settings of it.
 
     h_0 = table[token] (+ learned positions);   h_i = block_i(h_{i-1});   logits = norm(h) tableᵀ
 

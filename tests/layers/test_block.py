@@ -83,3 +83,11 @@ def test_dropout_touches_what_a_part_adds_and_not_the_stream():
     x = torch.randn(1, 3, 8)
     assert torch.equal(block(x), x)
     assert not torch.equal(block.eval()(x), x)
+
+
+def test_cross_attention_without_a_context_is_refused():
+    """It would read the stream itself, and train."""
+    parts = MultiHeadAttention(8, 2), FeedForward(8, 16), lambda: LayerNorm(8)
+    block = Block(*parts, cross_attention=MultiHeadAttention(8, 2))
+    with pytest.raises(ValueError, match="reads a context, and got none"):
+        block(torch.randn(1, 3, 8))

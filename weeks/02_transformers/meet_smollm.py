@@ -1,9 +1,9 @@
 """What does a real language model say, and how sure is it?
 
 SmolLM2-135M goes on with a text, answers a question in its chat template, shows what it expects
-after "The capital of France is", and what each word of a sentence costs it. Then its query and key
+after "The capital of France is", and what each token of a sentence costs it. Then its query and key
 weights are put back into the interleaved rotary layout that their file has, and everything is asked
-again: the trap of reading a model in the wrong layout. Nothing fails, and the text reads well.
+again: the trap of reading a model in the wrong layout. Nothing fails, and what it writes is words.
 
 Expected: " Paris" comes first, and the wrong layout costs at least 0.3 nats a token.
 
@@ -11,7 +11,6 @@ Paper   Ben Allal et al. 2025, arXiv:2502.02737
 Run     uv run python weeks/02_transformers/meet_smollm.py
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,11 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from implementations.attention.positions import (
-    convert_projection,
-    half_split_to_interleaved,
-    interleaved_to_half_split,
-)
+from implementations.attention.positions import convert_projection, half_split_to_interleaved
 from implementations.lab.findings import Finding, at_least, equals
 from implementations.lab.script import run
 from implementations.models.decoder import SMOLLM2, Decoder
@@ -65,6 +60,8 @@ class Config:
 class Reading(NamedTuple):
     """What one model makes of it all."""
 
+    next_token: Float[Tensor, " vocabulary"]
+    """probabilities after FRANCE"""
     text: str
     """the prompt, gone on with"""
     answer: str
@@ -100,7 +97,10 @@ class Reader:
         return torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
 
     def read(self, config: Config, passage: Int[Tensor, "1 token"]) -> Reading:
+        with torch.no_grad():
+            next_token = self.decoder(self.tokens(FRANCE))[0, -1].softmax(-1)
         return Reading(
+            next_token,
             self.go_on(config.prompt, config.count),
             self.go_on(CHAT.format(question=config.question), config.count),
             self.losses(self.tokens(config.sentence)),
@@ -109,12 +109,13 @@ class Reader:
 
 
 @torch.no_grad()
-def reorder(decoder: Decoder, convert: Callable[[Tensor], Tensor]) -> None:
-    """Move the query and key channels of every head, in place, to the other rotary layout."""
+def into_the_wrong_layout(decoder: Decoder) -> None:
+    """Undo, in place, what `from_smollm2` does to the queries and keys of its file."""
     for block in decoder.blocks:
         heads = {block.attention.query: SMOLLM2.heads, block.attention.key: SMOLLM2.key_value_heads}
         for projection, count in heads.items():
-            projection.weight.copy_(convert_projection(projection.weight, count, convert))
+            weight = convert_projection(projection.weight, count, half_split_to_interleaved)
+            projection.weight.copy_(weight)
 
 
 def passage_tokens(reader: Reader, config: Config) -> Int[Tensor, "1 token"]:
@@ -127,70 +128,61 @@ def passage_tokens(reader: Reader, config: Config) -> Int[Tensor, "1 token"]:
     return reader.tokens(text)[:, : config.tokens]
 
 
-def draw(
-    probability: Float[Tensor, " vocabulary"],
-    words: list[str],
-    names: list[str],
-    right: Float[Tensor, " token"],
-    wrong: Float[Tensor, " token"],
-) -> None:
+def draw(reader: Reader, config: Config, right: Reading, wrong: Reading) -> None:
     """The next token's distribution, and the price of each token in both layouts."""
     _, (left, bars) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
-    left.barh(range(len(names)), probability[: len(names)])
-    left.set_yticks(range(len(names)), names, parse_math=False)
+    best = right.next_token.topk(12)
+    names = [repr(name) for name in reader.spelled(best.indices)]
+    left.barh(range(12), best.values)
+    left.set_yticks(range(12), names, parse_math=False)
     left.invert_yaxis()
     left.set(title=f"{FRANCE} …", xlabel="probability")
+
+    words = reader.spelled(reader.tokens(config.sentence)[0])[1:]
     place = np.arange(len(words))
-    bars.bar(place - 0.2, right, 0.4, label=f"as trained: {right.mean():.2f} nats a token")
-    bars.bar(place + 0.2, wrong, 0.4, label=f"wrong rotary layout: {wrong.mean():.2f}")
+    for shift, name, prices in ((-0.2, "as trained", right), (0.2, "wrong rotary layout", wrong)):
+        label = f"{name}: {prices.sentence.mean():.2f} nats a token"
+        bars.bar(place + shift, prices.sentence, 0.4, label=label)
     bars.set_xticks(place, words, rotation=60, parse_math=False)
     bars.set(title="what each token costs, given those before it", ylabel="nats")
     bars.legend()
 
 
 def main(config: Config) -> list[Finding]:
-    decoder = Decoder.from_smollm2()
-    reader = Reader(decoder)
+    reader = Reader(Decoder.from_smollm2())
     passage = passage_tokens(reader, config)
-    with torch.no_grad():
-        probability, order = decoder(reader.tokens(FRANCE))[0, -1].softmax(-1).sort(descending=True)
     right = reader.read(config, passage)
-    reorder(decoder, half_split_to_interleaved)
+    into_the_wrong_layout(reader.decoder)
     wrong = reader.read(config, passage)
-    reorder(decoder, interleaved_to_half_split)
-
     for name, reading in {"as trained": right, "in the wrong layout": wrong}.items():
-        print(f"\n{name}\n  {config.prompt}|{reading.text}")
-        print(f"  {config.question}\n  {reading.answer}")
+        print(f"\n{name}\n  {config.prompt} |{reading.text}")
+        print(f"  {config.question} |{reading.answer}")
     print()
-    words, names = reader.spelled(reader.tokens(config.sentence)[0]), reader.spelled(order[:12])
-    draw(probability, words[1:], [repr(name) for name in names], right.sentence, wrong.sentence)
-    dearest = right.sentence.argmax().item()
-    # How odd the wrong layout's text is to the model as it was trained.
-    prompt = reader.tokens(config.prompt).shape[1]
-    written = [
-        reader.losses(reader.tokens(config.prompt + reading.text))[prompt - 1 :].mean().item()
-        for reading in (right, wrong)
-    ]
+    draw(reader, config, right, wrong)
+
+    paris = reader.tokens(" Paris").item()
+    best = torch.stack([right.next_token.argmax(), wrong.next_token.argmax()])
+    first, first_wrong = reader.spelled(best)
     return [
-        Finding(f"the likeliest token after {FRANCE!r}", names[0], expected=equals(" Paris")),
-        Finding("its probability", probability[0].item()),
-        Finding("loss of the sentence", right.sentence.mean().item(), "nats a token"),
-        Finding(
-            f"its dearest token, {words[dearest + 1]!r}", right.sentence[dearest].item(), "nats"
-        ),
-        Finding(f"loss of {passage.shape[1]} tokens of the passage", right.passage, "nats a token"),
+        Finding(f"likeliest after {FRANCE!r}", repr(first), expected=equals(repr(" Paris"))),
+        Finding("probability of ' Paris'", right.next_token[paris].item()),
+        Finding("likeliest in the wrong rotary layout", repr(first_wrong)),
+        Finding("probability of ' Paris' there", wrong.next_token[paris].item()),
+        Finding(f"loss of {passage.shape[1]} tokens of real text", right.passage, "nats a token"),
         Finding("the same in the wrong rotary layout", wrong.passage, "nats a token"),
         Finding(
             "what the wrong layout costs",
             wrong.passage - right.passage,
             "nats a token",
             expected=at_least(0.3),
+            source="positions.py: the scores of other channels",
         ),
-        Finding("the trained model's loss on its own text", written[0], "nats a token"),
-        Finding("on what the wrong layout wrote", written[1], "nats a token"),
+        Finding("loss of the sentence in the figure", right.sentence.mean().item(), "nats a token"),
+        Finding(
+            "the same in the wrong rotary layout", wrong.sentence.mean().item(), "nats a token"
+        ),
     ]
 
 
 if __name__ == "__main__":
-    run(main, Config(), quick=Config(count=6, tokens=96))
+    run(main, Config(), quick=Config(count=4, tokens=64))

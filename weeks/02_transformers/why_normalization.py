@@ -151,7 +151,7 @@ def draw(start: dict[str, np.ndarray], curves: dict[str, np.ndarray], letters: f
         right.plot(range(window, losses.shape[1] + 1), smooth.T, color=COLOURS[name])
         right.lines[-1].set_label(name)
     right.axhline(letters, color="black", linestyle=":", label="entropy of single characters")
-    right.set(xlabel="step", ylabel="loss per character, nats", ylim=(2, 4.5))
+    right.set(xlabel="step", ylabel="loss per character, nats", ylim=(1.75, 4.5))
     right.set_title("Learning at one rate; no norm is above the picture")
     for axes in (left, right):
         axes.grid(alpha=0.3)

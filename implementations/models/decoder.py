@@ -192,7 +192,7 @@ class Decoder(nn.Module):
         """SmolLM2-135M-Instruct from its packaged 4-bit file, in float32. Apache-2.0.
 
         The file keeps queries and keys in the interleaved rotary layout; they are reordered for the
-        half-split one. Read without that, the model still writes fluent text, and is worse.
+        half-split one. Read without that, the model still writes words, and loses the thread.
         """
         with torch.device("meta"):
             decoder = cls(SMOLLM2, attention)

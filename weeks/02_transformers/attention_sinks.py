@@ -202,4 +202,4 @@ def per_passage(
 
 
 if __name__ == "__main__":
-    run(main, Config(), quick=Config(first_verses=(8001001,), tokens=160, window=48))
+    run(main, Config(), quick=Config((8001001,), tokens=128, window=40, sinks=(4,)))

@@ -3,7 +3,7 @@
 SmolLM2-135M goes on with a text, answers a question in its chat template, shows what it expects
 after "The capital of France is", and what each token of a sentence costs it. Then its query and key
 weights are put back into the interleaved rotary layout that their file has, and everything is asked
-again: the trap of reading a model in the wrong layout. Nothing fails, and what it writes is words.
+again: the trap of reading a model in the wrong layout. Nothing fails, and one prompt shows little.
 
 Expected: " Paris" comes first, and the wrong layout costs at least 0.3 nats a token.
 
@@ -133,7 +133,8 @@ def draw(reader: Reader, config: Config, right: Reading, wrong: Reading) -> None
     _, (left, bars) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
     best = right.next_token.topk(12)
     names = [repr(name) for name in reader.spelled(best.indices)]
-    left.barh(range(12), best.values)
+    left.bar_label(left.barh(range(12), best.values.numpy()), fmt="%.3f", padding=3)
+    left.margins(x=0.1)
     left.set_yticks(range(12), names, parse_math=False)
     left.invert_yaxis()
     left.set(title=f"{FRANCE} …", xlabel="probability")
@@ -142,7 +143,7 @@ def draw(reader: Reader, config: Config, right: Reading, wrong: Reading) -> None
     place = np.arange(len(words))
     for shift, name, prices in ((-0.2, "as trained", right), (0.2, "wrong rotary layout", wrong)):
         label = f"{name}: {prices.sentence.mean():.2f} nats a token"
-        bars.bar(place + shift, prices.sentence, 0.4, label=label)
+        bars.bar(place + shift, prices.sentence.numpy(), 0.4, label=label)
     bars.set_xticks(place, words, rotation=60, parse_math=False)
     bars.set(title="what each token costs, given those before it", ylabel="nats")
     bars.legend()

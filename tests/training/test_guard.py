@@ -21,7 +21,15 @@ def test_a_signal_is_noted_and_interrupts_nothing(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_second_ctrl_c_interrupts_at_once():
+@pytest.fixture
+def interruptible():
+    """Python's own Ctrl-C: a process that a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_interrupts_at_once(interruptible):
     with stop_requests() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):

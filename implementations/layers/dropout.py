@@ -30,7 +30,8 @@ class Dropout(nn.Module):
 
     def __init__(self, rate: float):
         super().__init__()
-        dropout_naive(torch.zeros(0), rate)  # refuses a wrong rate here, not at the first step
+        # Refuses a wrong rate here, not at the first step; on the CPU also in a model without data.
+        dropout_naive(torch.zeros(0, device="cpu"), rate)
         self.rate = rate
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

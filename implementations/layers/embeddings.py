@@ -20,7 +20,9 @@ class Embedding(nn.Module):
 
     def __init__(self, vocabulary: int, width: int):
         super().__init__()
-        self.weight = nn.Parameter(0.02 * torch.randn(vocabulary, width))  # GPT-2's scale
+        weight = torch.empty(vocabulary, width)
+        # GPT-2's scale. On the meta device nothing is filled: trying costs 3 s of torch's imports.
+        self.weight = nn.Parameter(weight if weight.is_meta else weight.normal_(std=0.02))
 
     def forward(self, tokens: Int[Tensor, "*batch token"]) -> Float[Tensor, "*batch token width"]:
         """The rows of the tokens; IndexError for a token that the table does not have."""

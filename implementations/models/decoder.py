@@ -136,7 +136,8 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(self.make_block(attention) for _ in range(config.layers))
         self.norm = config.make_norm()
         self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
-        self.initialize()
+        if not self.embedding.weight.is_meta:
+            self.initialize()
 
     def make_block(self, attention: Callable[..., Tensor]) -> Block:
         config = self.config

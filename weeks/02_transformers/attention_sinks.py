@@ -5,7 +5,7 @@ only the last `window` tokens; or as many, of which the first few of the text ar
 Both windows hold the same number of keys and lose the same distant words, so what lies between
 their losses is not knowledge of the text: it is the place where attention rests.
 
-Expected: beyond the bottom two layers the first token draws far more than its share; the loss of
+Expected: above the bottom layers the first token draws far more than its share; the loss of
 the plain window jumps where the first token leaves; four kept tokens repair most of that jump.
 
 Paper   Xiao et al. 2023, arXiv:2309.17453, figure 2 and table 2

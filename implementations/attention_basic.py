@@ -208,7 +208,7 @@ def check(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def compare_on_cuda() -> None:
-    """Every CUDA path of the repository next to the equation: error, allowed error, speed ratio."""
+    """The CUDA paths next to the equation: error, allowed error, speed ratio."""
     from implementations.lab.timing import time_interleaved
 
     paths = {"torch's kernel": sdpa}

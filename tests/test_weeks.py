@@ -37,6 +37,12 @@ def test_script_finds_what_it_expects(script, cache, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert leaving.value.code == 0, printed.out + printed.err
     assert "finding" in printed.out
+    # The record is this script's: it makes the same claims, up to the numbers in them.
+    record = json.loads((script.parent / "results" / f"{script.stem}.json").read_text("utf-8"))
+    recorded = {NUMBER.sub("#", finding["claim"]) for finding in record["findings"]}
+    table = printed.out[printed.out.index("finding ") :].splitlines()[1:]
+    claims = {NUMBER.sub("#", re.split(r"\s{2,}", line)[0]) for line in table}
+    assert {claim for claim in claims if not claim.startswith(("figure", "record"))} <= recorded
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=name)

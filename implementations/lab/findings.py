@@ -67,6 +67,7 @@ class Finding:
         goal: what we hope for.
         spread: one standard deviation, or half the interquartile range of a ratio, over `seeds`
             repeats.
+        repeated: what was repeated, where it was not the seed.
         source: where the expectation comes from.
     """
 
@@ -77,6 +78,7 @@ class Finding:
     goal: Expectation | None = None
     spread: float | None = None
     seeds: int | None = None
+    repeated: str = "seeds"
     source: str = ""
 
     @property
@@ -120,7 +122,7 @@ def rows(findings: Sequence[Finding]) -> list[tuple[str, str, str, str]]:
     table = []
     for finding in findings:
         spread = "" if finding.spread is None else f" ± {number(finding.spread)}"
-        repeats = f" ({finding.seeds} seeds)" if (finding.seeds or 0) > 1 else ""
+        repeats = f" ({finding.seeds} {finding.repeated})" if (finding.seeds or 0) > 1 else ""
         measured = f"{number(finding.measured)}{spread} {finding.unit}".strip() + repeats
         demand = str(finding.expected) if finding.expected else ""
         demand = f"goal: {finding.goal}" if finding.goal and not demand else demand

@@ -63,20 +63,23 @@ def run(main: Callable[[Any], list[Finding]], config: Any, quick: Any) -> None:
     script = Path(inspect.getfile(main)).resolve()
     with clear_errors():
         options, config = parse(config, quick, main.__globals__["__doc__"])
+        device = getattr(config, "device", "cpu")
+        check_device(device)
+        if options.record is not None:  # a folder that cannot be is noticed before the work
+            folder = options.record[0] if options.record else script.parent
+            results, figures = made(folder / "results"), made(folder / "figures")
         started = time.perf_counter()
         findings = main(config)
         seconds = time.perf_counter() - started
         print_table(findings)
-        device = getattr(config, "device", "cpu")
         name = script.stem + ("" if device == "cpu" else f".{short_name(device)}")
         if options.record is None:
             save_figures(name, cache_folder("figures", script.parent.name))
         else:
-            folder = options.record[0] if options.record else script.parent
             record = describe(script, config, options, seconds, findings)
             text = json.dumps(record, indent=1, default=str, ensure_ascii=False) + "\n"
-            print("record", write_atomically(made(folder / "results") / f"{name}.json", text))
-            save_figures(name, made(folder / "figures"))
+            print("record", write_atomically(results / f"{name}.json", text))
+            save_figures(name, figures)
     sys.exit(1 if failed(findings) else 0)
 
 
@@ -89,6 +92,15 @@ def parse(config: Any, quick: Any, description: str | None) -> tuple[Options, An
     if options.record is not None and len(options.record) > 1:
         raise ValueError(f"--record takes one folder, got {len(options.record)}")
     return options, config
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless this machine has the device: cpu, cuda, cuda:1."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise ValueError(f"the device {device!r} cannot be used here: {reason}") from None
 
 
 def describe(

@@ -90,6 +90,10 @@ class BytePairEncoding:
         # Words come again: of the 950,000 pieces of the Bible, 15,000 differ.
         self.encode_piece = lru_cache(2**16)(self.encode_piece)
 
+    def __reduce__(self):
+        """Pickled without what it remembers, for the workers of a data loader."""
+        return type(self), (self.merges, self.tokens, self.special, self.pieces.pattern)
+
     @classmethod
     def from_smollm2(cls) -> "BytePairEncoding":
         """SmolLM2's 49,152 tokens; 21 bytes have none (see sources/weights.py)."""

@@ -41,9 +41,14 @@ def test_kinds_of_value_error_are_mistakes_too(capsys):
     assert capsys.readouterr().err.startswith("error: Expecting property name")
 
 
-@pytest.mark.parametrize(
-    "bug", [TypeError, KeyError, AssertionError, RuntimeError, KeyboardInterrupt]
-)
+def test_ctrl_c_is_one_word_and_the_code_of_shells(capsys):
+    with pytest.raises(SystemExit) as leaving, clear_errors():
+        raise KeyboardInterrupt
+    assert leaving.value.code == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
+@pytest.mark.parametrize("bug", [TypeError, KeyError, AssertionError, RuntimeError])
 def test_a_bug_passes_through(capsys, bug):
     with pytest.raises(bug), clear_errors():
         raise bug("a bug")

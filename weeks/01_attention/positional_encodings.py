@@ -73,6 +73,9 @@ class Reader(nn.Module):
             self.blocks.append(Block(*parts, lambda: LayerNorm(width)))
         if encoding == "learned":  # drawn last, so that a seed gives all readers the same weights
             self.table = LearnedPositions(length, width)
+            nn.init.normal_(
+                self.table.table
+            )  # as large as the tokens' vectors, or none would see it
 
     def forward(
         self, tokens: Int[Tensor, "batch token"], causal: bool = True

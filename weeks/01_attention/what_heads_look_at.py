@@ -24,7 +24,7 @@ from torch import Tensor
 
 from implementations.attention_basic import attention_weights
 from implementations.lab.files import cache_folder, write_atomically
-from implementations.lab.findings import Finding, at_most
+from implementations.lab.findings import Finding
 from implementations.lab.pictures import draw_matrix
 from implementations.lab.script import run
 from implementations.models.encoder import Encoder
@@ -110,8 +110,6 @@ def main(config: Config) -> list[Finding]:
         Finding(
             "largest entropy of a head, in units of log2(length)",
             mass["entropy"].max().item() / math.log2(len(encoded.tokens)),
-            expected=at_most(1.0),
-            source="the uniform distribution",
         ),
         Finding("smallest entropy of a head", mass["entropy"].min().item(), "bits"),
         strongest(mass["previous"], "the previous token"),

@@ -197,6 +197,7 @@ def per_passage(
         expected=expected,
         spread=values.std().item() if several else None,
         seeds=len(values) if several else None,
+        repeated="passages",
         source=PAPER if expected else "",
     )
 

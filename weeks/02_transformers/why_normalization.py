@@ -1,20 +1,23 @@
 """Why does a transformer normalise, and why before each part and no longer after the sum?
 
-Stacks of blocks alike in everything but their norm: none, LayerNorm after the sum as in 2017,
-LayerNorm or RMSNorm before each part as in GPT-2 and Llama. First the gradient of every block at
-the start, then the same few hundred steps on the same windows of the World English Bible, at one
-learning rate that is full from the first step; post-norm also with a warm-up.
+Stacks of blocks alike in everything but their norm: none, none with GPT-2's smaller start,
+LayerNorm after the sum as in 2017, LayerNorm or RMSNorm before each part as in GPT-2 and Llama.
+First the gradient of every block at the start, then the same few hundred steps on the same windows
+of the World English Bible, at one learning rate that is full from the first step; post-norm also
+with a warm-up.
 
 Expected: without norms the stream grows with every block, and the gradient with it. After the sum,
 the norm keeps the last block's gradient as large in a deep stack as in a shallow one, and before
 each part it shrinks with 1 / sqrt(depth), so that the first steps can be long. That is theory for
-the start; the learning curves are measured. A model that stalls at the entropy of single
-characters, 3.04 nats, has learnt how frequent they are and nothing else.
+the start; the learning curves are measured. A start that knows how deep the stack is may do at this
+size what a norm does. A model that stalls at the entropy of single characters, 3.04 nats, has
+learnt how frequent they are and nothing else.
 
 Paper   Xiong et al. 2020, arXiv:2002.04745, theorem 1
 Run     uv run python weeks/02_transformers/why_normalization.py
 """
 
+import math
 from dataclasses import dataclass
 from itertools import product
 
@@ -37,15 +40,17 @@ from implementations.layers.rms_norm import RMSNorm
 from implementations.sources.text import bible_characters
 
 LENGTH, BATCH = 32, 8
+SCALED = "no norm, scaled start"
 NORMS = {  # the norm, and whether it stands before each part
     "no norm": (nn.Identity, True),
+    SCALED: (nn.Identity, True),
     "post-norm": (LayerNorm, False),
     "pre-norm": (LayerNorm, True),
     "pre-RMSNorm": (RMSNorm, True),
 }
 WARMED = "post-norm, warm-up"
 RUNS = {name: name for name in NORMS} | {WARMED: "post-norm"}
-COLOURS = dict(zip(RUNS, ("gray", "C3", "C0", "C2", "C1"), strict=True))
+COLOURS = dict(zip(RUNS, ("gray", "C4", "C3", "C0", "C2", "C1"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,10 @@ class Stack(nn.Module):
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
             nn.init.xavier_normal_(linear.weight)
             nn.init.zeros_(linear.bias)
+        if name == SCALED:  # GPT-2's: what enters the stream is smaller by sqrt(2 · layers)
+            for block in self.blocks:
+                for linear in (block.attention.output, block.feed_forward.contract):
+                    linear.weight.data /= math.sqrt(2 * layers)
 
     def forward(self, tokens: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token next"]:
         x = self.embedding(tokens)
@@ -143,12 +152,14 @@ def draw(start: dict[str, np.ndarray], curves: dict[str, np.ndarray], letters: f
     _, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     for name, norms in start.items():
         blocks = range(1, norms.shape[1] + 1)
-        left.semilogy(blocks, norms.mean(0), "o-", color=COLOURS[name], label=name)
+        style = "o--" if name == "pre-norm" else "o-"
+        left.semilogy(blocks, norms.mean(0), style, color=COLOURS[name], label=name)
     left.set(xlabel="block", ylabel="norm of the gradient", title="Gradients before the first step")
     for name, losses in curves.items():
         window = losses.shape[1] // 20 + 1
         smooth = np.array([np.convolve(x, np.ones(window) / window, "valid") for x in losses])
-        right.plot(range(window, losses.shape[1] + 1), smooth.T, color=COLOURS[name])
+        style = "--" if name == "pre-norm" else "-"  # it runs along under pre-RMSNorm
+        right.plot(range(window, losses.shape[1] + 1), smooth.T, style, color=COLOURS[name])
         right.lines[-1].set_label(name)
     right.axhline(letters, color="black", linestyle=":", label="entropy of single characters")
     right.set(xlabel="step", ylabel="loss per character, nats", ylim=(1.75, 4.5))
@@ -166,8 +177,8 @@ def at_the_start(norms: dict[tuple[str, int], np.ndarray], depths: list[int]) ->
         last = [norms[name, depth][:, -1].mean().item() for depth in depths]
         rule, theory = rules.get(name, (None, ""))
         source = f"{theory}: Xiong et al. 2020, theorem 1" if rule else ""
-        if name == "no norm":
-            claim = f"no norm: last block's gradient, {depths[-1]} blocks over {depths[0]}"
+        if name in ("no norm", SCALED):
+            claim = f"{name}: last block's gradient, {depths[-1]} blocks over {depths[0]}"
             findings.append(Finding(claim, last[-1] / last[0], "x"))
         else:
             claim = f"{name}: last block's gradient changes with depth to the power"

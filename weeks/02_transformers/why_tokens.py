@@ -143,8 +143,6 @@ def main(config: Config) -> list[Finding]:
         Finding(
             "fewest bytes a token, over all samples and both vocabularies",
             min(rate for values in rates.values() for rate in values.values()),
-            expected=at_least(1.0),
-            source="a token holds at least one byte",
         ),
         Finding(
             "digits in a token of SmolLM2's",

@@ -3,16 +3,19 @@
     write(path, data)  =  write a temporary neighbour, then rename it over path
 
 A rename within one folder is atomic, so a reader sees the old file or the new one, never half of
-either.
+either. A trained model is kept in a folder named by all that it was made from.
 
 Run     uv run python implementations/lab/files.py
 """
 
 import hashlib
+import json
 import os
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_path
 
@@ -22,6 +25,24 @@ def cache_folder(*parts: str) -> Path:
     folder = user_cache_path("ml-studies", appauthor=False).joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def run_folder(name: str, settings: Mapping[str, Any], *scripts: str) -> Path:
+    """The cache folder of one training run, named by its settings and by the code that trains.
+
+    After any edit of the package, or of the scripts named, the run begins anew: what an older code
+    has learned is never taken for what this code would learn.
+
+    Args:
+        name: what is trained, for the reader of the cache.
+        settings: all that decides what is learned; values that JSON can hold.
+        scripts: paths of further files that do.
+    """
+    whole = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    package = Path(__file__).parents[1]
+    for path in [*sorted(package.rglob("*.py")), *map(Path, scripts)]:
+        whole.update(path.read_bytes())
+    return cache_folder("runs", f"{name}-{whole.hexdigest()[:12]}")
 
 
 def write_atomically(path: Path, data: str | bytes) -> Path:

@@ -86,6 +86,8 @@ def train(
         began = run.resume()
         if began is None:
             run.save()
+        elif began == config.steps:
+            print(f"{folder} holds this run, finished: nothing is trained", file=sys.stderr)
         cut(log, run.step)
         model.train()
         with progress(config, run.step) as bar:

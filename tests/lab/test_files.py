@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from implementations.lab.files import cache_folder, sha256, write_atomically
+from implementations.lab import files
+from implementations.lab.files import cache_folder, run_folder, sha256, write_atomically
 
 
 @pytest.mark.parametrize("data", ["grüße\n", b"\x00\xff\r\n", "", b""], ids=repr)
@@ -150,3 +151,28 @@ def test_the_cache_is_where_the_environment_says(cache):
     assert cache_folder("models", "small") == cache / "models" / "small"
     assert (cache / "models" / "small").is_dir()
     assert cache_folder("models", "small").is_dir()  # a second time is no error
+
+
+def test_a_run_begins_anew_after_a_change_of_settings_or_script(cache, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("rate = 1")
+    first = run_folder("model", {"width": 8, "rate": 0.1}, str(script))
+    assert first.parent == cache / "runs" and first.is_dir()
+    assert first == run_folder("model", {"rate": 0.1, "width": 8}, str(script))
+    assert first != run_folder("model", {"rate": 0.2, "width": 8}, str(script))
+    script.write_text("rate = 2")
+    assert first != run_folder("model", {"rate": 0.1, "width": 8}, str(script))
+
+
+def test_a_run_begins_anew_after_an_edit_of_the_package(cache, tmp_path, monkeypatch):
+    """In a small package of its own, beside which files.py seems to lie."""
+    package = tmp_path / "package"
+    (package / "lab").mkdir(parents=True)
+    (package / "layers").mkdir()
+    layer = package / "layers" / "norm.py"
+    layer.write_text("return self.norm(x)")
+    monkeypatch.setattr(files, "__file__", str(package / "lab" / "files.py"))
+    before = run_folder("model", {})
+    assert before == run_folder("model", {})
+    layer.write_text("return x")
+    assert before != run_folder("model", {})

@@ -13,8 +13,6 @@ Run     uv run python weeks/02_transformers/train_gpt.py
 """
 
 import gzip
-import hashlib
-import json
 import lzma
 from dataclasses import asdict, dataclass
 
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 
 from implementations.attention.vendor import attention_sdpa
-from implementations.lab.files import cache_folder
+from implementations.lab.files import run_folder
 from implementations.lab.findings import Finding, at_most
 from implementations.lab.script import run
 from implementations.models.decoder import Decoder, DecoderConfig
@@ -136,7 +134,6 @@ def main(config: Config) -> list[Finding]:
         print(f"\nstep {step}: {bits:.3f} bits per byte; {sample(model, encoding, config)!r}")
         return {"bits_per_byte": bits}
 
-    name = hashlib.sha256(json.dumps(asdict(config)).encode()).hexdigest()[:12]
     every = -(-config.steps // 12)
     result = train(
         model,
@@ -151,7 +148,7 @@ def main(config: Config) -> list[Finding]:
             checkpoint_every=every,
             keep=1,
         ),
-        cache_folder("runs", f"train_gpt-{name}"),
+        run_folder("train_gpt", asdict(config), __file__),
         observe=observe,
     )
     log = read(result.log)

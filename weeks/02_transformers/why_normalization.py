@@ -152,13 +152,13 @@ def draw(start: dict[str, np.ndarray], curves: dict[str, np.ndarray], letters: f
     _, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     for name, norms in start.items():
         blocks = range(1, norms.shape[1] + 1)
-        style = "o--" if name == "pre-norm" else "o-"
+        style = "o--" if name == "pre-RMSNorm" else "o-"
         left.semilogy(blocks, norms.mean(0), style, color=COLOURS[name], label=name)
     left.set(xlabel="block", ylabel="norm of the gradient", title="Gradients before the first step")
     for name, losses in curves.items():
         window = losses.shape[1] // 20 + 1
         smooth = np.array([np.convolve(x, np.ones(window) / window, "valid") for x in losses])
-        style = "--" if name == "pre-norm" else "-"  # it runs along under pre-RMSNorm
+        style = "--" if name == "pre-RMSNorm" else "-"  # it runs along over pre-norm
         right.plot(range(window, losses.shape[1] + 1), smooth.T, style, color=COLOURS[name])
         right.lines[-1].set_label(name)
     right.axhline(letters, color="black", linestyle=":", label="entropy of single characters")

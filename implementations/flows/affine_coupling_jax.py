@@ -20,10 +20,10 @@ from jaxtyping import Array, Float
 from implementations.flows.affine_coupling import LARGEST_LOG_SCALE
 from implementations.flows.bijection import Compose
 
-Layer = list[tuple[Float[Array, "output input"], Float[Array, " output"]]]
+Layer = list[tuple[Float[Array, "_ _"], Float[Array, " _"]]]  # [output, input], [output]
 Batch = Float[Array, "batch dim"]
 LogDet = Float[Array, " batch"]
-Moved = Float[Array, "batch moved"]
+Moved = Float[Array, "_ _"]
 
 
 def layers_from_torch(flow: Compose) -> list[Layer]:

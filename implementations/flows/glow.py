@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from implementations.flows.affine_coupling import Coupling
+from implementations.flows.affine_coupling import Coupling, check_kept
 from implementations.flows.bijection import Bijection, Compose, Mapped
 
 
@@ -139,8 +139,13 @@ class Convolutions(nn.Module):
 
 
 def glow_step(channels: int, hidden: int) -> Compose:
-    """ActNorm, mixing, coupling: the second half of the channels moves as the first half says."""
+    """ActNorm, mixing, coupling: the second half of the channels moves as the first half says.
+
+    Raises:
+        ValueError: one channel alone, which cannot be coupled.
+    """
     kept = torch.arange(channels) < channels // 2
+    check_kept(kept)
     moved = channels - channels // 2
     coupling = Coupling(kept, Convolutions(channels // 2, moved, 2, hidden))
     return Compose(ActNorm(channels), InvertibleConvolution(channels), coupling)

@@ -26,7 +26,7 @@ def test_without_steps_the_noise_is_the_image_in_another_order():
     x = torch.arange(64.0).view(1, 1, 8, 8)
     noise, log_det = flow(x)
     assert sorted(noise[0].tolist()) == list(range(64)) and not log_det.any()
-    # Half leaves at the finest scale: the upper pixels of each 2 x 2 block, as squeezing lists them.
+    # Half leaves at the finest scale: the upper pixels of each 2 x 2 block, listed first.
     assert sorted(noise[0, :32].tolist()) == sorted(x[0, 0, ::2].flatten().tolist())
     assert torch.equal(flow.inverse(noise).value, x)
 

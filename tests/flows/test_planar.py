@@ -14,9 +14,9 @@ def planar(direction, push, offset=0.0):
     layer = Planar(len(direction)).double()
     layer.load_state_dict(
         {
-            "direction": torch.tensor(direction),
-            "free_push": torch.tensor(push),
-            "offset": torch.tensor(offset),
+            "direction": torch.tensor(direction, dtype=torch.float64),
+            "free_push": torch.tensor(push, dtype=torch.float64),
+            "offset": torch.tensor(offset, dtype=torch.float64),
         }
     )
     return layer
@@ -86,7 +86,7 @@ def test_radial_never_folds(free_alpha, free_beta):
 
 
 def test_radial_by_hand():
-    """alpha = 1, beta = 2 at distance 3: pushed out by the factor 1 + 2/4; around twice, out once."""
+    """alpha = 1, beta = 2 at distance 3: pushed out by 1 + 2/4, which counts for two directions."""
     layer = Radial(3).double()
     with torch.no_grad():
         layer.centre.zero_()

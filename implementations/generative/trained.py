@@ -83,7 +83,7 @@ def pictures(
     return torch.bernoulli(grey / (part.levels - 1), generator=generator)
 
 
-def test_pictures(config: VAEConfig) -> Float[Tensor, "image dim"]:
+def held_out_pictures(config: VAEConfig) -> Float[Tensor, "image dim"]:
     """The test images, the same ones every time."""
     return pictures(config, images_of(config).split()[1], torch.Generator().manual_seed(0))
 
@@ -176,7 +176,7 @@ def bits_per_dimension(nats: float, dim: int) -> float:
 
 def main() -> None:
     config = VAEConfig(data="digits", likelihood="discretized_logistic", hidden=64, steps=1500)
-    model, x = train_or_load(config), test_pictures(config)
+    model, x = train_or_load(config), held_out_pictures(config)
     weights = sampled_log_weights(model, x, 100)
     bound, tighter = weights.mean().item(), importance_weighted_bound(weights).mean().item()
     print("digits of 8x8 with 17 levels, bits per dimension of the test images:")

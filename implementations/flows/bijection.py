@@ -105,6 +105,20 @@ class Permute(Bijection):
         return Mapped(y[:, self.order.argsort()], y.new_zeros(len(y)))
 
 
+class Flatten(Bijection):
+    """Examples of a shape as rows, for bijections that want rows."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def forward(self, x: Float[Tensor, "batch ..."]) -> Mapped:
+        return Mapped(x.flatten(1), x.new_zeros(len(x)))
+
+    def inverse(self, y: Float[Tensor, "batch dim"]) -> Mapped:
+        return Mapped(y.view(len(y), *self.shape), y.new_zeros(len(y)))
+
+
 class Flow(nn.Module):
     """A bijection from data to a base density, which is the standard normal unless given.
 

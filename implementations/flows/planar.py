@@ -17,6 +17,8 @@ Shapes  x [batch, dim]
 Run     uv run python implementations/flows/planar.py
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from implementations.flows.bijection import Bijection, Mapped
 
 HALVINGS = 60  # of a bracket, until it is as narrow as float64 can tell
 MARGIN = 1e-3  # w·u stays this far above -1, where a slope would be zero
+ONE = math.log(math.expm1(1 - MARGIN))  # softplus(ONE) + MARGIN = 1, so that 0 is led to 0
 
 
 class Planar(Bijection):
@@ -38,7 +41,7 @@ class Planar(Bijection):
         self.offset = nn.Parameter(torch.zeros(()))
 
     def push(self) -> tuple[Float[Tensor, " dim"], Float[Tensor, ""]]:
-        """The allowed u and its product with w (appendix A.1).
+        """The allowed u and its product with w (appendix A.1, moved so that w·u = 0 stays).
 
         Raises:
             ValueError: w is zero, so that no u along it can be found.
@@ -46,7 +49,7 @@ class Planar(Bijection):
         if not self.direction.detach().any():
             raise ValueError("a planar flow needs a direction w that is not zero")
         free = self.direction @ self.free_push
-        allowed = softplus(free) - 1 + MARGIN
+        allowed = softplus(free + ONE) - 1 + MARGIN
         along = self.direction / self.direction.square().sum()
         return self.free_push + (allowed - free) * along, allowed
 

@@ -22,11 +22,15 @@ def planar(direction, push, offset=0.0):
     return layer
 
 
-def test_a_push_across_the_direction_is_left_as_it_is_but_for_its_own_part():
-    """w = (1, 0), u = (0, 2): w·u = 0 is led to softplus(0) - 1 + 0.001, along w alone."""
+def test_a_push_is_moved_along_the_direction_alone():
+    """w = (1, 0): u = (0, 2) is allowed and stays; of u = (-9, 2) only the first part moves."""
     push, product = planar([1.0, 0.0], [0.0, 2.0]).push()
+    torch.testing.assert_close(push, torch.tensor([0.0, 2.0], dtype=torch.float64))
+    assert product.item() == pytest.approx(0, abs=1e-12)
+    push, product = planar([1.0, 0.0], [-9.0, 2.0]).push()
     assert push[1].item() == 2
-    assert push[0].item() == pytest.approx(math.log(2) - 1 + 1e-3, rel=1e-12)
+    # softplus(-9 + log(e - 1)) = 1.718 e^-9, to first order.
+    assert push[0].item() == pytest.approx(-1 + 1e-3 + 1.7155 * math.exp(-9), abs=1e-7)
     assert product.item() == pytest.approx(push[0].item())
 
 
@@ -36,7 +40,7 @@ def test_planar_by_hand():
     _, product = layer.push()
     y, log_det = layer(torch.zeros(1, 2, dtype=torch.float64))
     assert not y.any()
-    assert product.item() == pytest.approx(math.log1p(math.exp(6)) - 1 + 1e-3)
+    assert product.item() == pytest.approx(6 + math.log(math.expm1(0.999)) - 0.999, abs=2e-3)
     assert log_det.item() == pytest.approx(math.log1p(product.item()))
 
 

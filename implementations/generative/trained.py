@@ -44,7 +44,7 @@ class VAEConfig:
     """bernoulli sees black and white, discretized_logistic all levels"""
     latent: int = 20
     hidden: int = 256
-    dropout: float = 0.1
+    dropout: float = 0.0
     beta: float = 1.0
     free_nats: float = 0.0
     """that each coordinate of z may use for nothing"""
@@ -52,7 +52,7 @@ class VAEConfig:
     """more than 1: climb the importance-weighted bound (beta and free_nats are then not used)"""
     steps: int = 6000
     batch: int = 100
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     seed: int = 0
 
 

@@ -5,9 +5,9 @@ Flows and mixture are densities: dequantized, each gives a bound on the probabil
 that K draws of the noise tighten. The VAE gives a bound of its own. A fifth of the training images
 decides when a flow stops and how many normals the mixture has; the VAE trains on that fifth too.
 
-Expected: more draws never cost more, on average. A uniform guess costs log2(17) = 4.09 bits a pixel,
-and whoever has learnt anything less. Variational dequantization is trained to lose less to the noise. Who is best
-is measured: 1,149 images are few, and mixtures of normals are good at few.
+Expected: more draws never cost more, on average. A uniform guess costs log2(17) = 4.09 bits a
+pixel, and whoever has learnt anything less. Variational dequantization is trained to lose less to
+the noise. Who is best is measured: 1,151 images are few, and mixtures of normals are good at few.
 
 Paper   Theis et al. 2015, arXiv:1511.01844; Dinh et al. 2016, arXiv:1605.08803; Durkan et al. 2019,
         arXiv:1906.04032; Kingma & Dhariwal 2018, arXiv:1807.03039; Ho et al. 2019, arXiv:1902.00275

@@ -133,7 +133,7 @@ def test_the_split_is_not_by_place():
 
 @pytest.fixture
 def few(cache, monkeypatch):
-    """An empty cache, and only the 14 characters from 04e00 to 04e0f that the package has."""
+    """An empty cache, and only the 10 characters from 04e00 to 04e0f that the package has."""
     few = re.compile(r"kanji/(04e0[0-9a-f])\.svg")
     monkeypatch.setattr("implementations.sources.images.CHARACTER", few)
     return cache / "images"

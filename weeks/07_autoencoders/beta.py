@@ -28,9 +28,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from implementations.generative.linear_vae import best_linear_vae, principal_axes
+from implementations.generative.shared_noise import SharedNoise
 from implementations.generative.vae import VAE, elbo, perceptron
 from implementations.lab.findings import Finding, at_least, at_most, equals
 from implementations.lab.script import run
@@ -50,18 +51,6 @@ class Config:
     hidden: int = 128
     steps: int = 2500
     """training steps of each deep VAE"""
-
-
-class FixedNoise(nn.Module):
-    """A decoder whose Gaussian has the variance VARIANCE in every pixel."""
-
-    def __init__(self, mean: nn.Module):
-        super().__init__()
-        self.mean = mean
-
-    def forward(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch twice_dim"]:
-        mean = self.mean(z)
-        return torch.cat([mean, torch.full_like(mean, VARIANCE).log()], dim=-1)
 
 
 def shannon(variances: Float[Tensor, " dim"], level: float) -> tuple[float, float]:
@@ -86,7 +75,7 @@ def deep_point(
     """Rate and distortion of a deep VAE on the test digits."""
     torch.manual_seed(0)
     dim, hidden = train.shape[1], config.hidden
-    decoder = FixedNoise(perceptron(LATENT, hidden, hidden, dim))
+    decoder = SharedNoise(perceptron(LATENT, hidden, hidden, dim), VARIANCE)
     model = VAE(perceptron(dim, hidden, hidden, 2 * LATENT), decoder, "gaussian", levels=2)
 
     def loss(model: VAE, x: Tensor) -> tuple[Tensor, int]:

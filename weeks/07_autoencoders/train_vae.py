@@ -49,7 +49,7 @@ class Config:
     hidden: int = 256
     steps: int = 6000
     """of the VAE that climbs the ELBO"""
-    weighted_steps: int = 3000
+    weighted_steps: int = 2000
     """of the one that climbs the bound with 5 samples; 0 for none"""
     pictures: int = 500
     """held-out ones, of those that there are"""

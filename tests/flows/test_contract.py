@@ -14,7 +14,7 @@ from implementations.flows.autoregressive import (
     inverse_autoregressive_flow,
     masked_autoregressive_flow,
 )
-from implementations.flows.bijection import Compose, Flow, Inverse, Permute
+from implementations.flows.bijection import Compose, Flatten, Flow, Inverse, Permute
 from implementations.flows.continuous import Continuous, Velocity
 from implementations.flows.dequantization import Logit
 from implementations.flows.glow import ActNorm, InvertibleConvolution, glow_step
@@ -51,6 +51,7 @@ IMAGES = {
     "one scale": (lambda: MultiScale((1, 2, 4), scales=1, steps=2, hidden=4), (1, 2, 4)),
     "three scales": (lambda: MultiScale((1, 8, 8), scales=3, steps=1, hidden=4), (1, 8, 8)),
     "logit": (lambda: Logit(0.05), (2, 2, 2)),
+    "rows": (lambda: Compose(Flatten((2, 1, 2)), Planar(4)), (2, 1, 2)),
 }
 
 

@@ -79,7 +79,7 @@ def in_a_vae(model: VAE, x: Float[Tensor, "image dim"], draws: int) -> dict[str,
         q = DiagonalGaussian(*(part.detach()[0] for part in model.posterior(picture[None])))
 
         def term(z, picture=picture, q=q):
-            """What the ELBO averages; q is held fixed, as both estimators take it."""
+            """What the ELBO averages. q is held fixed: its score has the mean zero."""
             prior = standard(z).log_density(z)
             return model.log_likelihood(picture[None], z) + prior - q.log_density(z)
 

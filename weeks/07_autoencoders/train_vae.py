@@ -99,10 +99,9 @@ def estimates(model: VAE, x: Float[Tensor, "image dim"], name: str) -> list[Find
     # Rounding of float64 sums of some hundred nats.
     ordered = all((low <= high + 1e-9).all() for low, high in pairwise(bounds.values()))
     findings = [
-        Finding(f"{name}: bound with K = {count}", bound.mean().item(), "nats",
-                spread=bound.std().item() / len(x) ** 0.5)
+        Finding(f"{name}: bound with K = {count}", bound.mean().item(), "nats")
         for count, bound in bounds.items()
-    ]  # fmt: skip
+    ]
     source = "Burda et al. 2015, theorem 1; Jensen, group within group"
     claim = f"{name}: the bounds are ordered for every picture"
     findings.append(Finding(claim, bool(ordered), expected=equals(True), source=source))

@@ -60,3 +60,14 @@ def test_other_shapes_are_refused():
         flow(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match="16 numbers an example, got 15"):
         flow.inverse(torch.zeros(2, 15))
+
+
+def test_a_coarser_scale_is_set_from_the_half_that_reaches_it():
+    flow = MultiScale((1, 8, 8), scales=2, steps=1, hidden=4).double()
+    x = torch.rand(40, 1, 8, 8, dtype=torch.float64).cumsum(2)
+    flow.initialise(x)
+    stays = flow.stages[0](x).value[:, 2:]  # the second of its two pairs of channels
+    seen = nn.functional.pixel_unshuffle(stays, 2)
+    norm = flow.stages[1].steps[1]
+    torch.testing.assert_close(norm.shift, -seen.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.log_scale, -seen.std((0, 2, 3), correction=0).log())

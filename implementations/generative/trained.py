@@ -49,7 +49,7 @@ class VAEConfig:
     free_nats: float = 0.0
     """that each coordinate of z may use for nothing"""
     importance_samples: int = 1
-    """more than 1: climb the importance-weighted bound (beta and free_nats are then not used)"""
+    """more than 1: climb the importance-weighted bound, without beta and free_nats"""
     steps: int = 6000
     batch: int = 100
     learning_rate: float = 2e-3
@@ -92,10 +92,19 @@ def untrained(config: VAEConfig) -> VAE:
     """The model as it is before training.
 
     Raises:
-        ValueError: there is no coordinate of z, or the image set or likelihood is unknown.
+        ValueError: there is no coordinate of z or no sample, the bound with several samples is
+            asked for with beta or free nats, or the image set or likelihood is unknown.
     """
-    if config.latent < 1:
-        raise ValueError(f"z has at least one coordinate, got {config.latent}")
+    samples = config.importance_samples
+    if min(config.latent, samples) < 1:
+        raise ValueError(
+            f"z has a coordinate and a sample at least, got {config.latent}, {samples}"
+        )
+    if samples > 1 and (config.beta, config.free_nats) != (1.0, 0.0):
+        raise ValueError(
+            f"the bound with {samples} samples has no divergence to weigh: beta must be 1 and "
+            f"free_nats 0, got {config.beta} and {config.free_nats}"
+        )
     torch.manual_seed(config.seed)
     dim, sizes = images_of(config).pixels[0].numel(), (config.hidden, config.hidden)
     outputs = 1 if config.likelihood == "bernoulli" else 2

@@ -147,7 +147,10 @@ def test_bits_per_dimension_by_hand():
 @pytest.mark.parametrize(
     "setting, sentence",
     [
-        ({"latent": 0}, "at least one coordinate, got 0"),
+        ({"latent": 0}, "a coordinate and a sample at least, got 0, 1"),
+        ({"importance_samples": 0}, "a coordinate and a sample at least, got 2, 0"),
+        ({"importance_samples": 5, "beta": 2.0}, "no divergence to weigh: .* got 2.0 and 0.0"),
+        ({"importance_samples": 5, "free_nats": 0.1}, "got 1.0 and 0.1"),
         ({"data": "cifar"}, "mnist_5k, digits, .* got 'cifar'"),
         ({"likelihood": "poisson"}, "likelihoods are"),
     ],

@@ -68,6 +68,6 @@ def test_a_coarser_scale_is_set_from_the_half_that_reaches_it():
     flow.initialise(x)
     stays = flow.stages[0](x).value[:, 2:]  # the second of its two pairs of channels
     seen = nn.functional.pixel_unshuffle(stays, 2)
-    norm = flow.stages[1].steps[1]
+    norm = flow.stages[1].steps[1].steps[0]
     torch.testing.assert_close(norm.shift, -seen.mean((0, 2, 3)))
     torch.testing.assert_close(norm.log_scale, -seen.std((0, 2, 3), correction=0).log())

@@ -130,21 +130,26 @@ def objective(
     return -elbo(log_likelihood, kl, config.beta).sum(), len(x)
 
 
+def batches(config: VAEConfig) -> Callable[[int], Float[Tensor, "batch dim"]]:
+    """The training pictures of a step, a function of it alone: a run that goes on sees the same."""
+    grey = images_of(config).split()[0]
+    rows = RandomRows(torch.arange(len(grey.labels)), batch=config.batch, seed=config.seed)
+
+    def batch(step: int) -> Tensor:
+        chosen = rows(step)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        return pictures(config, Images(grey.pixels[chosen], chosen, grey.levels), generator)
+
+    return batch
+
+
 def train_or_load(config: VAEConfig) -> VAE:
     """The trained model, in eval mode; says so if it was trained before.
 
     Raises:
         ValueError: a setting is wrong; Diverged, one too, if training ends in NaN.
     """
-    model, grey = untrained(config), images_of(config).split()[0]
-    rows = RandomRows(torch.arange(len(grey.labels)), batch=config.batch, seed=config.seed)
-
-    def batch(step: int) -> Tensor:
-        chosen = rows(step)
-        # Of the step alone, as the rows are: a run that goes on sees the same pictures.
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        return pictures(config, Images(grey.pixels[chosen], chosen, grey.levels), generator)
-
+    model = untrained(config)
     recipe = json.dumps({"recipe": RECIPE, **asdict(config)}, sort_keys=True)
     name = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     settings = TrainingConfig(
@@ -160,7 +165,9 @@ def train_or_load(config: VAEConfig) -> VAE:
         keep=1,
     )
     folder = cache_folder("runs", f"vae-{config.data}-{name}")
-    train(model, batch, settings, folder, loss=lambda model, x: objective(config, model, x))
+    train(
+        model, batches(config), settings, folder, loss=lambda model, x: objective(config, model, x)
+    )
     return model.eval()
 
 

@@ -10,6 +10,7 @@ import torch
 from implementations.generative.importance_weighted import importance_weighted_bound
 from implementations.generative.trained import (
     VAEConfig,
+    batches,
     bits_per_dimension,
     held_out_pictures,
     images_of,
@@ -19,6 +20,7 @@ from implementations.generative.trained import (
     train_or_load,
     untrained,
 )
+from implementations.sources.images import Images
 
 SMALL = VAEConfig(data="digits", latent=2, hidden=8, steps=12, batch=8, dropout=0.0)
 
@@ -108,6 +110,22 @@ def test_black_and_white_is_drawn_with_the_probability_of_the_grey():
     drawn = pictures(SMALL, grey, torch.Generator().manual_seed(3))
     assert drawn.unique().tolist() == [0, 1]
     assert abs(drawn.mean() - 0.25) < 4.5 * (0.25 * 0.75 / 40_000) ** 0.5
+
+
+def test_batches_are_of_the_step_alone_and_draw_black_and_white_anew(monkeypatch):
+    """One grey picture is all there is, so any difference is the drawing's."""
+    grey = Images(torch.full((5, 1, 8, 8), 8, dtype=torch.uint8), torch.zeros(5).long(), 17)
+    monkeypatch.setattr("implementations.generative.trained.images_of", lambda config: grey)
+    draw = batches(SMALL)
+    first, second = draw(0), draw(1)
+    assert torch.equal(draw(0), first)
+    assert len(torch.cat([first, second]).unique(dim=0)) == 16
+
+
+def test_batches_are_training_pictures_only():
+    config = replace(SMALL, likelihood="discretized_logistic", batch=500)
+    held_out = set(map(tuple, held_out_pictures(config).tolist()))
+    assert not held_out & set(map(tuple, batches(config)(0).tolist()))
 
 
 def test_levels_stay_whole_for_the_discretized_likelihood():

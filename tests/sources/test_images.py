@@ -103,6 +103,12 @@ def test_the_split_uses_every_image_once_and_none_twice(images):
     assert train.levels == test.levels == images.levels
 
 
+def test_the_split_is_the_one_that_the_recorded_numbers_used():
+    """Another order would be another test set, and no number in a README would be comparable."""
+    assert sha256(mnist_5k().split()[1].pixels)[:16] == "c67cb76854574bf5"
+    assert sha256(digits().split()[1].pixels)[:16] == "b340a0a3bff684de"
+
+
 @pytest.mark.parametrize("load", [mnist_5k, digits])
 def test_the_split_keeps_the_share_of_every_label(load):
     images = load()

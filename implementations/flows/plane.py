@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -55,9 +56,9 @@ class Grid(NamedTuple):
         """Over the rectangle, by the midpoint rule."""
         return values.double().sum().item() * self.area
 
-    def picture(self, values: Float[Tensor, " cell"]) -> Float[Tensor, "row column"]:
+    def picture(self, values: Float[Tensor, " cell"]) -> Float[np.ndarray, "row column"]:
         """The values as an image, the top row first."""
-        return values.view(self.shape).T.flip(0)
+        return values.view(self.shape).T.flip(0).numpy()
 
 
 def grid(left: float, right: float, bottom: float, top: float, cells: int) -> Grid:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -72,7 +72,7 @@ def draw_matrix(axes: Axes, matrix: Matrix) -> AxesImage:
 
 
 def draw_sheet(
-    axes: Axes, images: Float[Tensor, "image row column"], levels: int, title: str
+    axes: Axes, images: Num[Tensor, "image row column"], levels: int, title: str
 ) -> AxesImage:
     """Images side by side, a grey line around each; 0 is white paper, levels - 1 is black ink."""
     framed = pad(images.detach().float().cpu(), (1, 1), value=(levels - 1) / 2)

@@ -121,7 +121,7 @@ def test_a_matrix_is_asked_for():
 def test_a_sheet_shows_images_side_by_side_with_paper_white_and_ink_black():
     axes = Figure().add_subplot()
     images = torch.tensor([[[0, 16], [4, 8]], [[1, 2], [3, 5]]])
-    shown = draw_sheet(axes, images.float(), 17, "two").get_array()
+    shown = draw_sheet(axes, images, 17, "two").get_array()
     assert shown.shape == (2, 8) and axes.get_title(loc="left") == "two"
     assert shown[:, 1:3].tolist() == [[0, 16], [4, 8]]
     assert shown[:, 5:7].tolist() == [[1, 2], [3, 5]]

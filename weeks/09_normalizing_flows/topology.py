@@ -18,6 +18,7 @@ Run     uv run python weeks/09_normalizing_flows/topology.py
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from torch.distributions import Distribution, Normal
 
@@ -102,13 +103,13 @@ def draw(flows: dict[str, Flow], target: Distribution, half: float, history: lis
     area = grid(-5, 5, -3, 3, 300)
     densities = {"the truth": target.log_prob, **{n: flow.log_prob for n, flow in flows.items()}}
     for axis, (name, density) in zip(axes, densities.items(), strict=False):
-        picture = area.picture(log_density(density, area.points)) / torch.log(torch.tensor(10.0))
+        picture = area.picture(log_density(density, area.points)) / np.log(10)
         image = axis.imshow(picture, extent=area.extent, vmin=-8, vmax=0, cmap="viridis")
         for side in (-half, half):
             axis.axvline(side, color="white", linestyle=":")
         axis.set(title=name)
     axes[2].figure.colorbar(image, ax=axes[2], shrink=0.8, label="log10 of the density")
-    steps, bridge, bound, _ = (torch.tensor(column) for column in zip(*history, strict=True))
+    steps, bridge, bound, _ = np.array(history).T
     axes[3].semilogy(steps, bridge, "o-", label="mass in the gap, between the dotted lines")
     axes[3].semilogy(steps, bound, "s--", label="no flow as steep has less")
     axes[3].set(xlabel="training step", title="normal base: the bridge and its bound")

@@ -12,9 +12,9 @@ says its slope there. For Gaussian data Shannon knew the curve before there were
 and no code for data with these variances needs more than that. A linear VAE should lie on this
 curve exactly, and a deep one, for digits are not Gaussian, below it.
 
-Expected: the linear VAE's rate and distortion are Shannon's to rounding; the deep rates fall as β
-rises; each chord between two points is as steep as some β between theirs. How far the deep curve
-lies below the Gaussian one is measured, on digits that nobody trained on.
+Expected: the linear VAE's rate and distortion are Shannon's to rounding, and the deep rates fall as
+β rises. How far the deep curve lies below the Gaussian one is measured, on digits that nobody
+trained on.
 
 Paper   Higgins et al. 2017, https://openreview.net/forum?id=Sy2fzU9gl; Alemi et al. 2017,
         arXiv:1711.00464    Cover & Thomas 2006, theorem 10.3.3 (reverse water-filling)

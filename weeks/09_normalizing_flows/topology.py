@@ -99,7 +99,8 @@ def train(
 
 def draw(flows: dict[str, Flow], target: Distribution, half: float, history: list) -> None:
     """Densities in logarithms, so that bridges show; the bridge by step, above its bound."""
-    _, axes = plt.subplots(1, 4, figsize=(17, 3.4), layout="constrained")
+    _, axes = plt.subplots(2, 2, figsize=(11.5, 6.8), layout="constrained")
+    axes = axes.flat
     area = grid(-5, 5, -3, 3, 300)
     densities = {"the truth": target.log_prob, **{n: flow.log_prob for n, flow in flows.items()}}
     for axis, (name, density) in zip(axes, densities.items(), strict=False):
@@ -114,7 +115,8 @@ def draw(flows: dict[str, Flow], target: Distribution, half: float, history: lis
     axes[3].semilogy(steps, bound, "s--", label="no flow as steep has less")
     axes[3].set(xlabel="training step", title="normal base: the bridge and its bound")
     axes[3].grid(alpha=0.3)
-    axes[3].legend(loc="center right")
+    axes[3].set_ylim(min(bound) / 2, 8 * max(bridge))  # room for the legend above the curves
+    axes[3].legend(loc="upper right")
 
 
 def main(config: Config) -> list[Finding]:

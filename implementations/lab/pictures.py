@@ -10,11 +10,12 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
+from torch.nn.functional import pad
 
 from implementations.lab.files import cache_folder, write_atomically
 
@@ -68,6 +69,17 @@ def heat_map(matrix: Matrix, rows: Sequence[str], columns: Sequence[str], title:
 def draw_matrix(axes: Axes, matrix: Matrix) -> AxesImage:
     """Weights between 0 and 1 in one fixed colour scale, so that pictures can be compared."""
     return axes.imshow(np.asarray(matrix), vmin=0, vmax=1, cmap="Blues")
+
+
+def draw_sheet(
+    axes: Axes, images: Num[Tensor, "image row column"], levels: int, title: str
+) -> AxesImage:
+    """Images side by side, a grey line around each; 0 is white paper, levels - 1 is black ink."""
+    framed = pad(images.detach().float().cpu(), (1, 1), value=(levels - 1) / 2)
+    axes.set_title(title, fontsize=9, loc="left", pad=2)
+    axes.set_axis_off()
+    row = framed.transpose(0, 1).flatten(1).numpy()
+    return axes.imshow(row, vmin=0, vmax=levels - 1, cmap="gray_r")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from implementations.lab.pictures import check_writable, heat_map, save_figure
+from implementations.lab.pictures import check_writable, draw_sheet, heat_map, save_figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -116,3 +116,16 @@ def test_dollar_tokens_are_words_and_not_equations(tmp_path):
 def test_a_matrix_is_asked_for():
     with pytest.raises(TypeError):
         heat_map(np.zeros(3), ["a"], ["a"], "")
+
+
+def test_a_sheet_shows_images_side_by_side_with_paper_white_and_ink_black():
+    axes = Figure().add_subplot()
+    images = torch.tensor([[[0, 16], [4, 8]], [[1, 2], [3, 5]]])
+    shown = draw_sheet(axes, images, 17, "two").get_array()
+    assert shown.shape == (2, 8) and axes.get_title(loc="left") == "two"
+    assert shown[:, 1:3].tolist() == [[0, 16], [4, 8]]
+    assert shown[:, 5:7].tolist() == [[1, 2], [3, 5]]
+    assert (shown[:, [0, 3, 4, 7]] == 8).all()
+    picture = axes.images[0]
+    white, black = (picture.cmap(picture.norm(level))[:3] for level in (0, 16))
+    assert min(white) > 0.99 and max(black) < 0.01

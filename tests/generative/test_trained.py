@@ -1,6 +1,5 @@
 """Trained models: trained as was asked for, read by the second call, in the right levels."""
 
-import math
 import shutil
 from dataclasses import replace
 
@@ -11,7 +10,6 @@ from implementations.generative.importance_weighted import importance_weighted_b
 from implementations.generative.trained import (
     VAEConfig,
     batches,
-    bits_per_dimension,
     held_out_pictures,
     images_of,
     objective,
@@ -153,12 +151,6 @@ def test_weights_are_those_of_the_model_picture_by_picture(cache):
         # 4.5 standard errors of the difference: false alarm 7e-6 for each of 7.
         error = (alone.var() / 4000 + weights[:, column].var() / 4000).sqrt()
         assert abs(alone.mean() - weights[:, column].mean()) < 4.5 * error
-
-
-def test_bits_per_dimension_by_hand():
-    """A uniform guess among 256 levels costs 8 bits a pixel, whatever their number."""
-    assert bits_per_dimension(-784 * math.log(256), 784) == pytest.approx(8.0, rel=1e-14)
-    assert bits_per_dimension(-64 * math.log(17), 64) == pytest.approx(math.log2(17), rel=1e-14)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -18,8 +18,6 @@ Paper   Kingma & Dhariwal 2018, arXiv:1807.03039
 Run     uv run python weeks/09_normalizing_flows/glow_kanji.py
 """
 
-import hashlib
-import json
 import math
 from dataclasses import asdict, dataclass
 
@@ -29,7 +27,7 @@ from torch import Tensor
 
 from implementations.flows.dequantization import Dequantized, bits_per_dimension
 from implementations.flows.pixels import glow, negative_log_probability, price, set_from_data
-from implementations.lab.files import cache_folder
+from implementations.lab.files import run_folder
 from implementations.lab.findings import Finding, at_least, at_most
 from implementations.lab.pictures import draw_sheet
 from implementations.lab.script import run
@@ -86,8 +84,7 @@ def trained(config: Config, learn: Tensor) -> Dequantized:
         log_every=max(1, config.updates // 200),
         keep=1,
     )
-    recipe = json.dumps(asdict(config), sort_keys=True).encode()
-    folder = cache_folder("runs", f"glow-{hashlib.sha256(recipe).hexdigest()[:12]}")
+    folder = run_folder("glow", asdict(config), __file__)
     rows = RandomRows(learn.to(config.device), batch=config.batch)
     model = model.to(config.device)
     train(model, rows, settings, folder, loss=negative_log_probability)

@@ -2,8 +2,9 @@
 
 A VAE learns 4,000 black and white digits of MNIST (or KanjiVG's characters, with --data kanji_32)
 and is asked about the held-out ones: the ELBO, and the importance-weighted bound with 5, 50 and 500
-samples. A second one climbs the importance-weighted bound itself. Three sheets show what it writes
-from nothing, what it makes of digits it has not seen, and the way from one digit to another.
+samples. A second one climbs the importance-weighted bound itself, for a third of the steps, which
+cost more. Three sheets show what the first writes from nothing, what it makes of digits it has not
+seen, and the way from one digit to another.
 
 Expected: L_1 <= L_5 <= L_50 <= L_500 <= log p(x), for every single digit, because the groups of
 samples lie within one another; the last steps are the smallest. Pixels that are independent of one

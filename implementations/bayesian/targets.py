@@ -63,22 +63,12 @@ class Target(NamedTuple):
     log_density: LogDensity
     """of the flat vector of free numbers; perhaps not normalised"""
     dimension: int
+    free: Callable[[Float[Array, " dim"]], Values]
+    """the flat vector cut into the free numbers of each parameter, by name"""
     unflatten: Callable[[Float[Array, " dim"]], Values]
     """the named, constrained parameters, and what follows from them"""
     moments: Mapping[str, Moments] = {}
     """of some of what `unflatten` names, where a formula is known"""
-
-
-def free_numbers(
-    flat: Float[Array, " dim"], parameters: Mapping[str, Parameter]
-) -> dict[str, Float[Array, "..."]]:
-    """The flat vector cut into the free numbers of each parameter, by alphabet."""
-    pieces, start = {}, 0
-    for name in sorted(parameters):
-        shape = parameters[name].transform.free_shape(parameters[name].shape)
-        pieces[name] = flat[start : start + math.prod(shape)].reshape(shape)
-        start += math.prod(shape)
-    return pieces
 
 
 def build(
@@ -97,19 +87,29 @@ def build(
         moments: what is known exactly.
     """
 
-    def unflatten(flat: Float[Array, " dim"]) -> Values:
-        pieces = free_numbers(flat, parameters)
-        values = {n: parameters[n].transform.constrain(free) for n, free in pieces.items()}
-        return values | (derived(**values) if derived else {})
+    shapes = {n: parameters[n].transform.free_shape(parameters[n].shape) for n in parameters}
+
+    def free(flat: Float[Array, " dim"]) -> Values:
+        pieces, start = {}, 0
+        for n in sorted(parameters):
+            size = math.prod(shapes[n])
+            pieces[n] = flat[start : start + size].reshape(shapes[n])
+            start += size
+        return pieces
+
+    def constrained(flat: Float[Array, " dim"]) -> Values:
+        return {n: parameters[n].transform.constrain(x) for n, x in free(flat).items()}
 
     def log_density(flat: Float[Array, " dim"]) -> Float[Array, ""]:
-        pieces = free_numbers(flat, parameters)
-        values = {n: parameters[n].transform.constrain(free) for n, free in pieces.items()}
-        stretch = sum(parameters[n].transform.log_det(free) for n, free in pieces.items())
-        return (log_joint(**values) + stretch).astype(flat.dtype)
+        stretch = sum(parameters[n].transform.log_det(x) for n, x in free(flat).items())
+        return (log_joint(**constrained(flat)) + stretch).astype(flat.dtype)
 
-    dimension = sum(math.prod(p.transform.free_shape(p.shape)) for p in parameters.values())
-    return Target(name, log_density, dimension, unflatten, moments or {})
+    def unflatten(flat: Float[Array, " dim"]) -> Values:
+        values = constrained(flat)
+        return values | (derived(**values) if derived else {})
+
+    dimension = sum(math.prod(shape) for shape in shapes.values())
+    return Target(name, log_density, dimension, free, unflatten, moments or {})
 
 
 def normal(value, mean=0.0, deviation=1.0) -> Float[Array, ""]:

@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro import sample
-from numpyro.distributions import Bernoulli, HalfCauchy, HalfNormal, MultivariateNormal, Normal
+from numpyro.distributions import (
+    Bernoulli,
+    Distribution,
+    HalfCauchy,
+    HalfNormal,
+    MultivariateNormal,
+    Normal,
+)
 from numpyro.infer.util import potential_energy
 
 from implementations.bayesian.targets import (
@@ -32,7 +39,7 @@ from implementations.sources import tables
 Model = Callable[[], None]
 
 
-def several(count: int, mean=0.0, deviation=1.0) -> Normal:
+def several(count: int, mean=0.0, deviation=1.0) -> Distribution:
     """One site of `count` independent normal numbers."""
     return Normal(mean, deviation).expand([count]).to_event(1)
 

@@ -80,13 +80,15 @@ def sbc_ranks(
             # Draws 0 to place - 1 run from the truth into its past, the others into its future.
             start = jnp.where(number == place, truth, position)
             position = run(key, model, move, start, data, thin)
-            return position, quantities(model, position, data)
+            # A chain that stays must repeat the value to the last bit: another program rounds anew.
+            stays = (position == truth).all()
+            values = jnp.where(stays, true_values, quantities(model, position, data))
+            return position, values
 
+        true_values = quantities(model, truth, data)
         steps = jnp.arange(draws), jax.random.split(chain_key, draws)
         _, values = jax.lax.scan(advance, truth, steps)
-        true_values = quantities(model, truth, data)
-        # A rejected move repeats the truth: among its equals it stands anywhere.
-        ties = jnp.sum(values == true_values, axis=0)
+        ties = jnp.sum(values == true_values, axis=0)  # the truth is any of its equals
         among = jax.random.randint(tie_key, ties.shape, 0, ties + 1)
         return jnp.sum(values < true_values, axis=0) + among
 

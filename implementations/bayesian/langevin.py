@@ -52,7 +52,7 @@ def step(
 
 def move(
     noise: Float[Array, " dim"],
-    uniform: Float[Array, ""],
+    uniform: Float[Array, ""] | float,
     state: State,
     log_density: LogDensity,
     step_size: StepSize,

@@ -63,7 +63,7 @@ def step(
 
 def move(
     noise: Float[Array, " dim"],
-    uniform: Float[Array, ""],
+    uniform: Float[Array, ""] | float,
     state: State,
     log_density: LogDensity,
     step_size: StepSize,
@@ -77,7 +77,10 @@ def move(
 
 
 def choose(
-    uniform: Float[Array, ""], log_ratio: Float[Array, ""], proposal: Chain, state: Chain
+    uniform: Float[Array, ""] | float,
+    log_ratio: Float[Array, ""],
+    proposal: Chain,
+    state: Chain,
 ) -> tuple[Chain, Info]:
     """The proposal with probability min(1, exp(log_ratio)), else the state; NaN is never taken."""
     log_ratio = jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio)

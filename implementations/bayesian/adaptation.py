@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from implementations.bayesian.hmc import State
 from implementations.bayesian.integrators import (
@@ -146,12 +146,19 @@ def windows(warm_up: int) -> list[tuple[int, int]]:
     return found
 
 
-def schedule(warm_up: int) -> tuple[np.ndarray, np.ndarray]:
-    """For every step of the warm-up: is its draw used for the metric, and does a window end?"""
-    collects, ends = np.zeros((2, warm_up), bool)
+STEP_SIZE_ONLY, COLLECTS, WINDOW_ENDS, SETTLES, FROZEN = range(5)
+
+
+def schedule(warm_up: int, draws: int) -> Int[np.ndarray, " step"]:
+    """What each step of a run does for the tuning: one of the five words above."""
+    phases = np.full(warm_up + draws, STEP_SIZE_ONLY)
     for start, stop in windows(warm_up):
-        collects[start:stop], ends[stop - 1] = True, True
-    return collects, ends
+        phases[start:stop] = COLLECTS
+        phases[stop - 1] = WINDOW_ENDS
+    phases[warm_up:] = FROZEN
+    if warm_up:
+        phases[warm_up - 1] = SETTLES
+    return phases
 
 
 def find_step_size(
@@ -182,80 +189,103 @@ def find_step_size(
     return jax.lax.while_loop(going_on, lambda step_size: step_size * factor, step_size)
 
 
-class Tuned(NamedTuple):
-    """What a warm-up has learnt."""
+class Tuning(NamedTuple):
+    """What a chain has learnt so far, and what it needs to learn more."""
 
-    state: NamedTuple
-    step_size: Float[Array, ""]
+    averaging: DualAveraging
     inverse_mass: Metric
+    positions: Moments
+    gradients: Moments
 
 
-def warm_up(
+def start_tuning(
+    key: PRNGKeyArray, state: NamedTuple, log_density: LogDensity, step_size: float, metric: str
+) -> Tuning:
+    """A unit metric, and the first step size that one leapfrog step finds from `step_size`.
+
+    A state without a gradient cannot look for one: its sampler starts at `step_size` itself.
+
+    Raises:
+        ValueError: the metric has no such name, or needs gradients that the sampler has not.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"the metric is one of {', '.join(METRICS)}, got {metric!r}")
+    if metric == "fisher" and not hasattr(state, "gradient"):
+        raise ValueError("the Fisher metric needs gradients, which this sampler does not keep")
+    dense, position = metric == "dense", state.position
+    unit = jnp.eye(len(position), dtype=position.dtype) if dense else jnp.ones_like(position)
+    first = search(key, state, log_density, jnp.array(step_size, position.dtype), unit)
+    empty = no_moments(position, dense)
+    return Tuning(start_averaging(first), unit, empty, no_moments(position))
+
+
+def search(
     key: PRNGKeyArray,
     state: NamedTuple,
     log_density: LogDensity,
-    step: Callable,
+    step_size: Float[Array, ""],
+    inverse_mass: Metric,
+) -> Float[Array, ""]:
+    """`find_step_size` where the state has a gradient."""
+    if not hasattr(state, "gradient"):
+        return step_size
+    return find_step_size(key, state, log_density, step_size, inverse_mass)
+
+
+def tune(
+    key: PRNGKeyArray,
+    tuning: Tuning,
+    state: NamedTuple,
+    log_density: LogDensity,
+    acceptance: Float[Array, ""],
+    phase: Int[Array, ""],
     *,
-    steps: int,
-    target: float = 0.8,
-    metric: MetricName = "diagonal",
-    step_size: float = 1.0,
-) -> Tuned:
-    """Run `steps` steps and tune the step size to the target acceptance, and the metric.
+    target: float,
+    metric: str,
+) -> Tuning:
+    """Learn from one step of the warm-up; `phase` is the step's entry in `schedule`."""
+    averaging = update_averaging(tuning.averaging, acceptance, target)
+    positions, gradients = tuning.positions, tuning.gradients
+    collects = (phase == COLLECTS) | (phase == WINDOW_ENDS)
+    positions = select(collects, update_moments(positions, state.position), positions)
+    if metric == "fisher":
+        gradients = select(collects, update_moments(gradients, state.gradient), gradients)
 
-    Args:
-        state: of a sampler; without a `gradient` it can have no Fisher metric, and its first step
-            size is used as it is.
-        step: the sampler's, called with (key, state, log_density, step_size, inverse_mass).
-    """
-    position = state.position
-    has_gradient = hasattr(state, "gradient")
-    dense = metric == "dense"
-    empty = no_moments(position, dense)
-    unit = jnp.eye(len(position), dtype=position.dtype) if dense else jnp.ones_like(position)
-
-    def search(key, state, step_size, inverse_mass):
-        if not has_gradient:
-            return step_size
-        return find_step_size(key, state, log_density, step_size, inverse_mass)
-
-    def window_ends(key, state, averaging, positions, gradients, inverse_mass):
+    def next_window() -> Tuning:
         inverse_mass = METRICS[metric](positions, gradients)
-        step_size = search(key, state, jnp.exp(averaging.log_average), inverse_mass)
-        return start_averaging(step_size), empty, empty, inverse_mass
+        step_size = jnp.exp(averaging.log_average)
+        step_size = search(key, state, log_density, step_size, inverse_mass)
+        nothing = jax.tree.map(jnp.zeros_like, (positions, gradients))
+        return Tuning(start_averaging(step_size), inverse_mass, *nothing)
 
-    def window_goes_on(key, state, *tuning):
-        return tuning
+    same_window = Tuning(averaging, tuning.inverse_mass, positions, gradients)
+    tuning = jax.lax.cond(phase == WINDOW_ENDS, next_window, lambda: same_window)
+    averaging = tuning.averaging
+    settled = averaging._replace(log_step=averaging.log_average)
+    return tuning._replace(averaging=select(phase == SETTLES, settled, averaging))
 
-    def one_step(carry, xs):
-        state, averaging, positions, gradients, inverse_mass = carry
-        key, collects, ends = xs
-        step_key, search_key = jax.random.split(key)
-        step_size = jnp.exp(averaging.log_step)
-        state, info = step(step_key, state, log_density, step_size, inverse_mass)
-        averaging = update_averaging(averaging, info.acceptance, target)
-        seen = lambda moments, x: jax.tree.map(  # noqa: E731
-            lambda new, old: jnp.where(collects, new, old), update_moments(moments, x), moments
-        )
-        positions = seen(positions, state.position)
-        if has_gradient and metric == "fisher":
-            gradients = seen(gradients, state.gradient)
-        tuning = (averaging, positions, gradients, inverse_mass)
-        tuning = jax.lax.cond(ends, window_ends, window_goes_on, search_key, state, *tuning)
-        return (state, *tuning), None
 
-    key, search_key = jax.random.split(key)
-    first = search(search_key, state, jnp.array(step_size, position.dtype), unit)
-    collects, ends = schedule(steps)
-    start = (state, start_averaging(first), empty, empty, unit)
-    xs = (jax.random.split(key, steps), collects, ends)
-    (state, averaging, _, _, inverse_mass), _ = jax.lax.scan(one_step, start, xs)
-    final = averaging.log_average if steps else averaging.log_step
-    return Tuned(state, jnp.exp(final), inverse_mass)
+def select(condition: Bool[Array, ""], new: NamedTuple, old: NamedTuple) -> NamedTuple:
+    """`new` where the condition holds, field by field."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
 def main() -> None:
-    pass
+    scales = jnp.array([0.1, 1.0, 10.0])
+    print("a normal with variances 0.01, 1, 100: what 50 draws from it tell of the inverse mass")
+    draws = scales * jax.random.normal(jax.random.key(0), (50, 3))
+    positions = gradients = no_moments(scales)
+    covariance = no_moments(scales, dense=True)
+    for draw in draws:
+        positions, gradients = (
+            update_moments(positions, draw),
+            update_moments(gradients, -draw / scales**2),
+        )
+        covariance = update_moments(covariance, draw)
+    print("  diagonal", shrunk(positions, gradients))
+    print("  dense   ", jnp.diag(shrunk(covariance, gradients)), "on the diagonal")
+    print("  fisher  ", fisher(positions, gradients))
+    print("windows of 1000 steps:", windows(1000))
 
 
 if __name__ == "__main__":

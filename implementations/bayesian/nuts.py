@@ -18,6 +18,7 @@ Shapes  position, gradient [dim]    inverse_mass [dim] or [dim, dim]
 Run     uv run python implementations/bayesian/nuts.py
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -128,25 +129,18 @@ def explore(
 
     Args:
         momentum: standard normal.
-        coins: uniforms, a row for each doubling: its direction, its leaf, and whether to move to it.
+        coins: uniforms, a row for each doubling: its direction, its leaf, whether to go there.
     """
     scale = scale_of(inverse_mass)
     start = Phase(state.position, momentum, state.log_density, state.gradient)
     start_energy = energy(start)
-    zero, false = jnp.zeros_like(start_energy), jnp.array(False)
-    both = lambda x: jnp.stack((x, x))  # noqa: E731
-    tree = Tree(
-        jnp.array(0),
-        jnp.array(0),
-        both(state.position),
-        both(momentum),
-        both(state.gradient),
-        momentum,
-        Choice(state, zero, zero),
-        false,
-        false,
-        zero,
+    zero, false, none = jnp.zeros_like(start_energy), jnp.array(False), jnp.array(0)
+    position, momenta, gradient = (
+        jnp.stack((x, x)) for x in (start.position, momentum, start.gradient)
     )
+    choice = Choice(state, zero, zero)
+    ends = (position, momenta, gradient)
+    tree = Tree(none, none, *ends, momentum, choice, false, false, zero)
 
     def growing(tree: Tree) -> Bool[Array, ""]:
         return (tree.depth < len(coins)) & ~tree.turning & ~tree.divergent
@@ -156,44 +150,33 @@ def explore(
         end = (side < 0.5).astype(int)
         signed = jnp.where(side < 0.5, step_size, -step_size)
         last = Phase(tree.position[end], tree.momentum[end], zero, tree.gradient[end])
-        new = grow(
-            last,
-            tree.depth,
-            which,
-            len(coins),
-            start_energy,
-            lambda phase: integrate(phase, log_density, signed, scale),
-        )
+
+        def advance(phase: Phase) -> Phase:
+            return integrate(phase, log_density, signed, scale)
+
+        new = grow(last, tree.depth, which, len(coins), start_energy, advance)
         return merge(tree, new, end, move)
 
     tree = jax.lax.while_loop(growing, double, tree)
-    info = Info(
-        tree.acceptance_sum / tree.steps,
-        start_energy - tree.choice.log_weight,
-        tree.divergent,
-        tree.depth,
-        tree.steps,
-    )
-    return tree.choice.state, info
+    acceptance = tree.acceptance_sum / tree.steps
+    kept_energy = start_energy - tree.choice.log_weight
+    return tree.choice.state, Info(acceptance, kept_energy, tree.divergent, tree.depth, tree.steps)
 
 
-def grow(last, depth, uniform, max_depth, start_energy, advance) -> Subtree:
-    """2^depth new leaves, or fewer where a subtree turns or a step diverges."""
+def grow(
+    last: Phase,
+    depth: Int[Array, ""],
+    uniform: Float[Array, ""],
+    max_depth: int,
+    start_energy: Float[Array, ""],
+    advance: Callable[[Phase], Phase],
+) -> Subtree:
+    """2^depth new leaves beyond `last`, or fewer where a subtree turns or a step diverges."""
     zero, false = jnp.zeros_like(start_energy), jnp.array(False)
-    state = State(last.position, zero, last.gradient)
+    nothing = Choice(State(last.position, zero, last.gradient), zero, zero - jnp.inf)
     table = jnp.zeros((max_depth, len(last.position)), last.position.dtype)
-    empty = Subtree(
-        jnp.array(0),
-        last,
-        Choice(state, zero, zero - jnp.inf),
-        uniform,
-        jnp.zeros_like(last.momentum),
-        table,
-        table,
-        false,
-        false,
-        zero,
-    )
+    no_sum = jnp.zeros_like(last.momentum)
+    empty = Subtree(jnp.array(0), last, nothing, uniform, no_sum, table, table, false, false, zero)
 
     def growing(tree: Subtree) -> Bool[Array, ""]:
         return (tree.leaf < 2**depth) & ~tree.turning & ~tree.divergent
@@ -205,17 +188,10 @@ def grow(last, depth, uniform, max_depth, start_energy, advance) -> Subtree:
         choice, uniform = choose_leaf(tree.choice, phase, log_weight, tree.uniform)
         momentum_sum = tree.momentum_sum + phase.momentum
         row = jax.lax.population_count(tree.leaf >> 1)
-        even = tree.leaf % 2 == 0
-        first_momenta = tree.first_momenta.at[jnp.where(even, row, max_depth)].set(
-            phase.momentum, mode="drop"
-        )
-        sums_before = tree.sums_before.at[jnp.where(even, row, max_depth)].set(
-            tree.momentum_sum, mode="drop"
-        )
-        closed = jax.lax.population_count(tree.leaf & ~(tree.leaf + 1))
-        rows = jnp.arange(max_depth)
-        ends_here = (rows <= row) & (rows > row - closed)
-        turning = turns(first_momenta, phase.momentum, momentum_sum - sums_before) & ends_here
+        # Odd leaves open no subtree: what they write goes to the last row, which nobody reads.
+        written = jnp.where(tree.leaf % 2 == 0, row, max_depth - 1)
+        first_momenta = put(tree.first_momenta, phase.momentum, written)
+        sums_before = put(tree.sums_before, tree.momentum_sum, written)
         return Subtree(
             tree.leaf + 1,
             phase,
@@ -224,7 +200,7 @@ def grow(last, depth, uniform, max_depth, start_energy, advance) -> Subtree:
             momentum_sum,
             first_momenta,
             sums_before,
-            turning.any(),
+            closes_a_turn(tree.leaf, row, phase, momentum_sum, first_momenta, sums_before),
             log_weight < -DIVERGENCE,
             tree.acceptance_sum + jnp.minimum(1.0, jnp.exp(log_weight)),
         )
@@ -232,10 +208,43 @@ def grow(last, depth, uniform, max_depth, start_energy, advance) -> Subtree:
     return jax.lax.while_loop(growing, add_leaf, empty)
 
 
-def choose_leaf(choice, phase, log_weight, uniform):
-    """Move to the new leaf with probability weight / total.
+def closes_a_turn(
+    leaf: Int[Array, ""],
+    row: Int[Array, ""],
+    phase: Phase,
+    momentum_sum: Float[Array, " dim"],
+    first_momenta: Float[Array, "depth dim"],
+    sums_before: Float[Array, "depth dim"],
+) -> Bool[Array, ""]:
+    """Whether one of the subtrees that end with this leaf turns; the smallest is asked first."""
+    closed = jax.lax.population_count(leaf & ~(leaf + 1))  # trailing ones
 
-    A uniform that has decided once is uniform again on the side on which it fell.
+    def asking(carry: tuple) -> Bool[Array, ""]:
+        row_asked, turning = carry
+        return (row_asked > row - closed) & ~turning
+
+    def ask(carry: tuple) -> tuple:
+        row_asked, _ = carry
+        total = momentum_sum - sums_before[row_asked]
+        return row_asked - 1, turns(first_momenta[row_asked], phase.momentum, total)
+
+    return jax.lax.while_loop(asking, ask, (row, jnp.array(False)))[1]
+
+
+def put(
+    table: Float[Array, "row dim"], values: Float[Array, " dim"], row: Int[Array, ""]
+) -> Float[Array, "row dim"]:
+    """The table with one row replaced: in place when compiled, which `table.at[row].set` is not."""
+    return jax.lax.dynamic_update_index_in_dim(table, values, row, 0)
+
+
+def choose_leaf(
+    choice: Choice, phase: Phase, log_weight: Float[Array, ""], uniform: Float[Array, ""]
+) -> tuple[Choice, Float[Array, ""]]:
+    """Move to the new leaf with probability weight / total weight: multinomial in the end.
+
+    A uniform that has decided once is uniform again on the side on which it fell, so that one is
+    enough for all leaves; of its bits as many are used up as the choice among the leaves is worth.
     """
     log_total = jnp.logaddexp(choice.log_total, log_weight)
     share = jnp.exp(log_weight - log_total)
@@ -247,13 +256,11 @@ def choose_leaf(choice, phase, log_weight, uniform):
 
 
 def turns(
-    left: Float[Array, "*#rows dim"],
-    right: Float[Array, "*#rows dim"],
-    total: Float[Array, "*rows dim"],
-) -> Bool[Array, "*rows"]:
+    left: Float[Array, " dim"], right: Float[Array, " dim"], total: Float[Array, " dim"]
+) -> Bool[Array, ""]:
     """Whether a stretch of trajectory has begun to come back, at either end."""
     inner = total - (left + right) / 2
-    return ((left * inner).sum(-1) <= 0) | ((right * inner).sum(-1) <= 0)
+    return (left @ inner <= 0) | (right @ inner <= 0)
 
 
 def merge(tree: Tree, new: Subtree, end: Int[Array, ""], uniform: Float[Array, ""]) -> Tree:
@@ -262,14 +269,14 @@ def merge(tree: Tree, new: Subtree, end: Int[Array, ""], uniform: Float[Array, "
     moved = whole & (jnp.log(uniform) < new.choice.log_total - tree.choice.log_total)
     log_total = jnp.logaddexp(tree.choice.log_total, new.choice.log_total)
     choice = jax.tree.map(lambda a, b: jnp.where(moved, a, b), new.choice, tree.choice)
-    momentum = tree.momentum.at[end].set(new.last.momentum)
+    momentum = put(tree.momentum, new.last.momentum, end)
     momentum_sum = tree.momentum_sum + new.momentum_sum
     return Tree(
         tree.depth + 1,
         tree.steps + new.leaf,
-        tree.position.at[end].set(new.last.position),
+        put(tree.position, new.last.position, end),
         momentum,
-        tree.gradient.at[end].set(new.last.gradient),
+        put(tree.gradient, new.last.gradient, end),
         momentum_sum,
         choice._replace(log_total=log_total),
         ~whole | turns(momentum[0], momentum[1], momentum_sum),
@@ -279,7 +286,24 @@ def merge(tree: Tree, new: Subtree, end: Int[Array, ""], uniform: Float[Array, "
 
 
 def main() -> None:
-    pass
+    scales = jnp.linspace(1.0, 20.0, 20)
+
+    def log_density(position):
+        return -0.5 * (position / scales) @ (position / scales)
+
+    def draw(state, key):
+        state, info = step(key, state, log_density, 0.9, jnp.ones(20))
+        return state, (state.position, info)
+
+    start = init(jnp.zeros(20), log_density)
+    _, (positions, info) = jax.lax.scan(draw, start, jax.random.split(jax.random.key(0), 1000))
+    ratio = positions.std(0) / scales
+    print("a normal with standard deviations 1, 2, ..., 20; unit metric, step size 0.9")
+    print(f"  deviations found, over the true ones: {ratio.min():.2f} to {ratio.max():.2f}")
+    depths, counts = jnp.unique(info.depth, return_counts=True)
+    shown = ", ".join(f"{depth}: {count}" for depth, count in zip(depths, counts, strict=True))
+    print(f"  trajectories by depth  {shown}")
+    print(f"  acceptance {info.acceptance.mean():.2f}, {info.steps.mean():.0f} steps a draw")
 
 
 if __name__ == "__main__":

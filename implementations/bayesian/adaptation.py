@@ -199,7 +199,7 @@ class Tuning(NamedTuple):
 
 
 def start_tuning(
-    key: PRNGKeyArray, state: NamedTuple, log_density: LogDensity, step_size: float, metric: str
+    key: PRNGKeyArray, state: tuple, log_density: LogDensity, step_size: float, metric: str
 ) -> Tuning:
     """A unit metric, and the first step size that one leapfrog step finds from `step_size`.
 
@@ -221,7 +221,7 @@ def start_tuning(
 
 def search(
     key: PRNGKeyArray,
-    state: NamedTuple,
+    state: tuple,
     log_density: LogDensity,
     step_size: Float[Array, ""],
     inverse_mass: Metric,
@@ -235,7 +235,7 @@ def search(
 def tune(
     key: PRNGKeyArray,
     tuning: Tuning,
-    state: NamedTuple,
+    state: tuple,
     log_density: LogDensity,
     acceptance: Float[Array, ""],
     phase: Int[Array, ""],
@@ -265,7 +265,7 @@ def tune(
     return tuning._replace(averaging=select(phase == SETTLES, settled, averaging))
 
 
-def select(condition: Bool[Array, ""], new: NamedTuple, old: NamedTuple) -> NamedTuple:
+def select(condition: Bool[Array, ""], new: tuple, old: tuple) -> tuple:
     """`new` where the condition holds, field by field."""
     return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 

@@ -39,7 +39,7 @@ class Draws(NamedTuple):
     """The raw arrays of a run, its warm-up left out."""
 
     position: Float[Array, "chain draw dim"]
-    info: NamedTuple
+    info: tuple
     """the sampler's Info, every field [chain, draw]"""
     step_size: Float[Array, " chain"]
     inverse_mass: Float[Array, "chain dim"] | Float[Array, "chain dim dim"]

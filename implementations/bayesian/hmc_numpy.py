@@ -43,7 +43,7 @@ def main() -> None:
     for _ in range(5000):
         momentum, uniform = rng.standard_normal(2), rng.uniform()
         position, rate = step(
-            momentum, uniform, position, lambda q: -q @ q / 2, lambda q: -q, 0.6, 5
+            momentum, uniform, position, lambda q: -q @ q / 2, lambda q: -q, 0.5, 3
         )
         draws.append(position)
         rates.append(rate)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 from implementations.bayesian import nuts
@@ -117,20 +117,26 @@ def run_chains(
 
     Compiled once for a log-density and its settings, and kept.
     """
+
+    def chain(key_and_position: tuple) -> Draws:
+        return run_chain(*key_and_position, log_density, **settings)
+
     chains = len(positions)
+    return spread(chain, chains)((jax.random.split(key, chains), positions))
+
+
+def spread(chain: Callable[[PyTree], PyTree], chains: int) -> Callable[[PyTree], PyTree]:
+    """The function for arrays with a leading axis of `chains`, as many at a time as devices.
+
+    The number of devices used divides the number of chains.
+    """
     devices = max(n for n in range(1, jax.local_device_count() + 1) if chains % n == 0)
-
-    def on_one_device(keys, positions) -> Draws:
-        def chain(xs) -> Draws:
-            return run_chain(*xs, log_density, **settings)
-
-        return jax.lax.map(chain, (keys, positions))
-
     local = jax.local_devices()[:devices]
     mesh = jax.make_mesh((devices,), ("chain",), axis_types=(AxisType.Auto,), devices=local)
     spec = PartitionSpec("chain")
-    spread = jax.shard_map(on_one_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    return spread(jax.random.split(key, chains), positions)
+    return jax.shard_map(
+        partial(jax.lax.map, chain), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
 
 
 def main() -> None:

@@ -1,0 +1,208 @@
+"""Which No-U-Turn Sampler gets most effective draws out of a second: ours, NumPyro's or BlackJAX's?
+
+All sample the same flat log-density, with 1000 steps of warm-up and a diagonal metric, one chain on
+each of two devices. Each is one compiled program; a run is timed from its key to its last draw,
+warm-up included, and divided into the bulk effective sample size of its worst coordinate. All run
+once in every round, with the round's key. The compiler's settings are the same for all.
+
+NumPyro is given its best: its potential is our flat function, its chains run on devices of their
+own or in lock-step, whichever is faster on the target, and its program is compiled once, which its
+own `run` would do anew each time.
+
+Expected: nothing; a speed is measured. The goals are those that this repository set itself.
+
+Paper   effective sample size: Vehtari et al. 2021, arXiv:1903.08008
+Run     uv run python weeks/10_monte_carlo/race.py
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import geometric_mean, median, quantiles
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from numpyro.infer import MCMC, NUTS
+from tqdm import tqdm
+
+from implementations.bayesian.chains import run_chains, spread
+from implementations.bayesian.diagnostics import entrywise, ess_bulk
+from implementations.bayesian.targets import TARGETS, Target
+from implementations.lab.findings import Finding, at_least
+from implementations.lab.host_devices import use_host_devices
+from implementations.lab.script import run
+from implementations.lab.timing import time_interleaved
+
+CHAINS = 2
+FIELD = (
+    "standard_normal",
+    "correlated_normal",
+    "funnel_non_centred",
+    "banana",
+    "eight_schools_non_centred",
+    "tumours",
+    "cars",
+    "volatility",
+)
+"""targets on which an effective sample size means something: no funnel that nobody can enter"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Race four samplers over eight targets."""
+
+    targets: tuple[str, ...] = FIELD
+    warm_up: int = 1000
+    draws: int = 1000
+    rounds: int = 7
+    """timed runs of each sampler on each target, each with a key of its own"""
+    one_function_loops: bool = True
+    """compile small loops to one function, for all samplers (host_devices.py)"""
+
+
+Program = Callable[[jax.Array], jax.Array]
+"""from a key to positions [chain, draw, dim]"""
+
+
+def ours(target: Target, config: Config, metric: str) -> Program:
+    start = jnp.full((CHAINS, target.dimension), 0.1)
+    settings = {"warm_up": config.warm_up, "draws": config.draws, "metric": metric}
+    return lambda key: run_chains(key, start, target.log_density, **settings).position
+
+
+def numpyro_chain(key, target: Target, config: Config, chains: int = 1):
+    kernel = NUTS(potential_fn=lambda position: -target.log_density(position))
+    method = "vectorized" if chains > 1 else "sequential"
+    sampler = MCMC(
+        kernel,
+        num_warmup=config.warm_up,
+        num_samples=config.draws,
+        num_chains=chains,
+        chain_method=method,
+        progress_bar=False,
+    )
+    shape = (chains, target.dimension) if chains > 1 else (target.dimension,)
+    sampler.run(key, init_params=jnp.full(shape, 0.1))
+    return sampler.get_samples(group_by_chain=chains > 1)
+
+
+def blackjax_chain(key, target: Target, config: Config):
+    import blackjax  # not above: its import uses JAX, after which devices cannot be asked for
+
+    warm_key, draw_key = jax.random.split(key)
+    adaptation = blackjax.window_adaptation(blackjax.nuts, target.log_density)
+    (state, tuned), _ = adaptation.run(
+        warm_key, jnp.full(target.dimension, 0.1), num_steps=config.warm_up
+    )
+    step = blackjax.nuts(target.log_density, **tuned).step
+
+    def draw(state, key):
+        state, _ = step(key, state)
+        return state, state.position
+
+    return jax.lax.scan(draw, state, jax.random.split(draw_key, config.draws))[1]
+
+
+def on_devices(chain: Callable) -> Program:
+    """One chain a device."""
+    each = spread(chain, CHAINS)
+    return jax.jit(lambda key: each(jax.random.split(key, CHAINS)))
+
+
+def programs(target: Target, config: Config) -> dict[str, Program]:
+    """Everyone in the race, to be compiled at the first call."""
+    given = {"target": target, "config": config}
+    return {
+        "ours": ours(target, config, "diagonal"),
+        "ours, Fisher": ours(target, config, "fisher"),
+        "NumPyro": on_devices(partial(numpyro_chain, **given)),
+        "NumPyro, lock-step": jax.jit(partial(numpyro_chain, **given, chains=CHAINS)),
+        "BlackJAX": on_devices(partial(blackjax_chain, **given)),
+    }
+
+
+class Runner:
+    """A program that is called without arguments, with the next key; it keeps what it drew."""
+
+    def __init__(self, program: Program):
+        self.program, self.draws, started = program, [], time.perf_counter()
+        jax.block_until_ready(program(jax.random.key(0)))
+        self.first = time.perf_counter() - started
+
+    def __call__(self) -> None:
+        key = jax.random.key(1 + len(self.draws))
+        self.draws.append(jax.block_until_ready(self.program(key)))
+
+    def effective(self) -> list[float]:
+        """The worst coordinate's bulk effective sample size, round by round."""
+        rounds = (np.asarray(draws, float) for draws in self.draws)
+        return [entrywise(ess_bulk, draws).min() for draws in rounds]
+
+
+def race(target: Target, config: Config) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Effective draws a second of every sampler in every round, and seconds to compile it."""
+    runners = {name: Runner(program) for name, program in programs(target, config).items()}
+    timings = time_interleaved(runners, rounds=config.rounds, warmup=0)
+    speeds, compiling = {}, {}
+    for name, runner in runners.items():
+        speeds[name] = np.array(runner.effective()) / timings.seconds[name]
+        compiling[name] = runner.first - timings.median(name)
+    lock_step = speeds.pop("NumPyro, lock-step")
+    if median(lock_step) > median(speeds["NumPyro"]):
+        speeds["NumPyro"] = lock_step
+    return speeds, compiling
+
+
+def main(config: Config) -> list[Finding]:
+    use_host_devices(CHAINS, one_function_loops=config.one_function_loops)
+    speeds, compiling = {}, []
+    for name in tqdm(config.targets, unit="target"):
+        speeds[name], seconds = race(TARGETS[name](), config)
+        compiling.append(seconds)
+    draw(speeds)
+    findings = []
+    for us, them, goal in (
+        ("ours", "NumPyro", 1.25),
+        ("ours, Fisher", "NumPyro", 1.3),
+        ("ours", "BlackJAX", 1.0),
+    ):
+        ratios = {name: speed[us] / speed[them] for name, speed in speeds.items()}
+        middle = {name: median(ratio) for name, ratio in ratios.items()}
+        claim = f"{us}: effective draws a second over {them}'s, mean of {len(ratios)} targets"
+        mean = geometric_mean(middle.values())
+        findings.append(Finding(claim, mean, "x", goal=at_least(goal), seeds=config.rounds))
+        for name, ratio in ratios.items():
+            low, _, high = quantiles(ratio, n=4, method="inclusive")
+            claim = f"{us} over {them}: {name}"
+            noise = {"spread": (high - low) / 2, "seeds": config.rounds}
+            findings.append(Finding(claim, middle[name], "x", **noise))
+    for name in compiling[0]:
+        seconds = median(seconds[name] for seconds in compiling)
+        findings.append(Finding(f"{name}: time to compile, median target", seconds, "s"))
+    return findings
+
+
+def draw(speeds: dict[str, dict[str, np.ndarray]]) -> None:
+    """A row of bars for each target, a mark for each round."""
+    figure, axes = plt.subplots(figsize=(9, 0.75 * len(speeds) + 1.5), layout="constrained")
+    samplers = list(next(iter(speeds.values())))
+    for place, name in enumerate(samplers):
+        height = np.arange(len(speeds)) + 0.2 * (place - 1.5)
+        rounds = np.array([speed[name] for speed in speeds.values()])
+        axes.barh(height, np.median(rounds, 1), 0.18, color=f"C{place}", alpha=0.6, label=name)
+        axes.plot(rounds, np.repeat(height[:, None], rounds.shape[1], 1), "k|", markersize=4)
+    axes.set_yticks(range(len(speeds)), [name.replace("_", " ") for name in speeds])
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="effective draws a second, worst coordinate")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend()
+    axes.set_title("Warm-up and draws of two chains on two cores")
+    del figure
+
+
+if __name__ == "__main__":
+    quick = Config(targets=("standard_normal",), warm_up=50, draws=50, rounds=2)
+    run(main, Config(), quick=quick)

@@ -118,13 +118,14 @@ def test_exact_draws_are_calibrated():
     assert rank_verdict(mean(), exact_mean, 5_000)
 
 
-def test_a_chain_that_hardly_moves_is_no_false_alarm():
-    """Tiny steps and many refusals: exact uniformity needs no mixing. Ties are broken at random."""
+@pytest.mark.parametrize("step_size", [0.05, 5.0])
+def test_a_chain_that_hardly_moves_is_no_false_alarm(step_size):
+    """Tiny steps, or many refusals: exact uniformity needs no mixing, and ties are broken fairly."""
 
     def lazy(key, position, log_density):
         state = metropolis.init(position, log_density)
         metric = jnp.ones(position.shape)
-        return metropolis.step(key, state, log_density, 5.0, metric)[0].position
+        return metropolis.step(key, state, log_density, step_size, metric)[0].position
 
     assert rank_verdict(coin(), lazy, 5_000)
 

@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from implementations.bayesian.chains import run_chains
 from implementations.bayesian.diagnostics import (
     entrywise,
     ess_bulk,
@@ -22,7 +22,6 @@ from implementations.bayesian.diagnostics import (
     mcse_mean,
     r_hat,
 )
-from implementations.bayesian.sampling import run_chains
 from implementations.bayesian.targets import TARGETS, Target
 
 REFERENCE = json.loads(Path(__file__).with_name("reference_posteriors.json").read_text())
@@ -34,12 +33,12 @@ KNOWN = ["standard_normal", "correlated_normal", "funnel_non_centred", "banana"]
 
 @functools.cache
 def chains_of(name: str) -> tuple[Target, dict[str, np.ndarray], np.ndarray]:
-    """Four chains of 1,000 draws: the target, draws of its quantities, divergences."""
+    """Four chains of 4,000 draws: the target, draws of its quantities, divergences."""
     with jax.enable_x64(True):
         target = TARGETS[name]()
         start_key, key = jax.random.split(jax.random.key(10))
         start = jax.random.uniform(start_key, (4, target.dimension), minval=-2.0, maxval=2.0)
-        raw = run_chains(key, start, target.log_density, warm_up=1_000, draws=1_000)
+        raw = run_chains(key, start, target.log_density, warm_up=1_000, draws=4_000, target=0.9)
         values = jax.jit(jax.vmap(jax.vmap(target.unflatten)))(raw.position)
     draws = {quantity: np.asarray(value) for quantity, value in values.items()}
     return target, draws, np.asarray(raw.info.divergent)

@@ -120,7 +120,7 @@ def test_exact_draws_are_calibrated():
 
 @pytest.mark.parametrize("step_size", [0.05, 5.0])
 def test_a_chain_that_hardly_moves_is_no_false_alarm(step_size):
-    """Tiny steps, or many refusals: exact uniformity needs no mixing, and ties are broken fairly."""
+    """Tiny steps, or many refusals: uniformity needs no mixing, and ties are broken fairly."""
 
     def lazy(key, position, log_density):
         state = metropolis.init(position, log_density)

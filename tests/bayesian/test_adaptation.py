@@ -19,6 +19,7 @@ from implementations.bayesian.adaptation import (
     shrunk,
     start_averaging,
     start_tuning,
+    tune,
     update_averaging,
     update_moments,
     variance,
@@ -152,6 +153,36 @@ def test_a_warm_up_reaches_its_target(tuned, metric):
     assert 0.78 < info.acceptance.mean() < 0.96
     assert info.steps.mean() < 12
     assert not info.divergent.any()
+
+
+def tuned_once(phase: int, draws: int = 5):
+    """Tuning after some draws that were collected, and after one more step of the given phase."""
+    state, key = init(jnp.ones(3), uneven), jax.random.key(0)
+    tuning = start_tuning(key, state, uneven, 1.0, "diagonal")
+    for i, step in enumerate([COLLECTS] * draws + [phase]):
+        state = init(jax.random.normal(jax.random.key(i), (3,)), uneven)
+        before, acceptance = tuning, jnp.array(0.5)
+        given = {"target": 0.8, "metric": "diagonal"}
+        tuning = tune(key, tuning, state, uneven, acceptance, jnp.array(step), **given)
+    return before, tuning
+
+
+def test_the_last_step_of_a_warm_up_settles_on_the_average():
+    _, tuning = tuned_once(SETTLES)
+    assert tuning.averaging.log_step == tuning.averaging.log_average
+    assert tuned_once(STEP_SIZE_ONLY)[1].averaging.log_step != tuning.averaging.log_step
+
+
+def test_a_window_ends_with_a_new_metric_and_forgets_its_draws():
+    before, tuning = tuned_once(WINDOW_ENDS)
+    assert before.positions.count == 5 and (before.inverse_mass == 1).all()
+    assert tuning.positions.count == 0 and (tuning.inverse_mass != 1).all()
+    assert tuning.averaging.steps == 0  # and the search for a step size starts anew
+
+
+def test_outside_the_windows_no_draw_is_collected():
+    before, tuning = tuned_once(STEP_SIZE_ONLY)
+    assert before.positions.count == tuning.positions.count == 5
 
 
 def test_after_the_warm_up_nothing_is_learnt():

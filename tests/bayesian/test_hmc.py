@@ -43,6 +43,7 @@ def test_equals_numpy_step_for_step(step_size, steps):
                 steps,
             )
             np.testing.assert_allclose(state.position, position, rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(state.gradient, gradient(position), rtol=1e-8, atol=1e-10)
             np.testing.assert_allclose(info.acceptance, rate, rtol=1e-9, atol=1e-12)
             assert info.accepted == (position != before).any()
             kept.append(info.accepted)

@@ -100,10 +100,10 @@ def draw(runs: dict[str, dict[str, np.ndarray]]) -> None:
         axis.set(xlabel="first of the nine numbers", ylabel="v")
     grid = np.linspace(-10, 10, 201)
     for name, values in runs.items():
-        counts, edges = np.histogram(values["v"], bins=60, range=(-10, 10), density=True)
+        counts, edges = np.histogram(values["v"], bins=40, range=(-10, 10), density=True)
         axes[-1].stairs(counts, edges, label=name)
     axes[-1].plot(grid, norm.pdf(grid, 0, 3), "k--", label="the truth")
-    axes[-1].set(title="v", xlabel="v", ylabel="density")
+    axes[-1].set(title="the distribution of v", xlabel="v", ylabel="density", ylim=(0, 0.25))
     axes[-1].legend()
     figure.tight_layout()
 

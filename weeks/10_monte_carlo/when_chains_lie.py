@@ -39,7 +39,7 @@ STARTS = ("together", "wide")
 class Config:
     """Sample two humps that move apart."""
 
-    distances: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0)
+    distances: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 14.0)
     """between the humps, in their deviations; at the last they are apart for good"""
     repetitions: int = 60
     """runs of four chains at each distance, from each kind of start"""
@@ -137,5 +137,5 @@ def main(config: Config) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    quick = Config(distances=(1.0, 4.0, 10.0), repetitions=5, draws=500)
+    quick = Config(distances=(1.0, 4.0, 14.0), repetitions=5, draws=500)
     run(main, Config(), quick=quick)

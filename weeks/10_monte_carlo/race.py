@@ -7,7 +7,8 @@ once in every round, with the round's key. The compiler's settings are the same 
 
 NumPyro is given its best: its potential is our flat function, its chains run on devices of their
 own or in lock-step, whichever is faster on the target, and its program is compiled once, which its
-own `run` would do anew each time.
+own `run` would do anew each time. Three targets are raced once more without the setting that
+compiles small loops to one function, in a process of their own, to see what it is worth.
 
 Expected: nothing; a speed is measured. The goals are those that this repository set itself.
 
@@ -15,10 +16,15 @@ Paper   effective sample size: Vehtari et al. 2021, arXiv:1903.08008
 Run     uv run python weeks/10_monte_carlo/race.py
 """
 
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import geometric_mean, median, quantiles
 
 import jax
@@ -66,6 +72,8 @@ class Config:
     """timed runs of each sampler on each target, each with a key of its own"""
     one_function_loops: bool = True
     """compile small loops to one function, for all samplers (host_devices.py)"""
+    without: tuple[str, ...] = ("standard_normal", "eight_schools_non_centred", "volatility")
+    """targets on which a process of its own also races without that setting"""
 
 
 Program = Callable[[jax.Array], jax.Array]
@@ -183,9 +191,36 @@ def main(config: Config) -> list[Finding]:
             claim = f"{us} over {them}: {name}"
             noise = {"spread": (high - low) / 2, "seeds": config.rounds}
             findings.append(Finding(claim, middle[name], "x", **noise))
+    if config.one_function_loops and config.without:
+        findings += compare_settings(speeds, config)
+    for name in speeds[config.targets[0]]:
+        speed = geometric_mean(float(median(speed[name])) for speed in speeds.values())
+        findings.append(Finding(f"{name}: effective draws a second, mean of targets", speed))
     for name in compiling[0]:
         seconds = median(seconds[name] for seconds in compiling)
         findings.append(Finding(f"{name}: time to compile, median target", seconds, "s"))
+    return findings
+
+
+def compare_settings(speeds: dict[str, dict[str, np.ndarray]], config: Config) -> list[Finding]:
+    """The same race in a process that compiles loops as XLA does by default."""
+    pair = ("ours", "NumPyro")
+    options = ["--no-one-function-loops", "--samplers", *pair, "--targets", *config.without]
+    options += ["--warm-up", config.warm_up, "--draws", config.draws, "--rounds", config.rounds]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, *map(str, options), "--record", folder]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        record = json.loads((Path(folder) / "results" / "race.json").read_text())
+    found = {entry["claim"]: entry["measured"] for entry in record["findings"]}
+    ratio = found[
+        f"ours: effective draws a second over NumPyro's, mean of {len(config.without)} targets"
+    ]
+    findings = [Finding("loops as XLA compiles them by default: ours over NumPyro", ratio, "x")]
+    for name in pair:
+        here = geometric_mean(float(median(speeds[target][name])) for target in config.without)
+        there = found[f"{name}: effective draws a second, mean of targets"]
+        claim = f"{name}: speed with loops as one function, over the default"
+        findings.append(Finding(claim, here / there, "x"))
     return findings
 
 
@@ -209,5 +244,5 @@ def draw(speeds: dict[str, dict[str, np.ndarray]]) -> None:
 
 if __name__ == "__main__":
     pair = ("ours", "NumPyro")
-    quick = Config(("standard_normal",), warm_up=50, draws=50, samplers=pair, rounds=2)
+    quick = Config(("standard_normal",), warm_up=50, draws=50, samplers=pair, rounds=2, without=())
     run(main, Config(), quick=quick)

@@ -17,19 +17,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
 from implementations.bayesian.calibration import Model
+from implementations.bayesian.targets import normal
 from implementations.bayesian.transforms import POSITIVE
 
 PLACES = np.linspace(-1.5, 1.5, 30)
 """where the line and the coin are observed"""
-
-
-def normal(value, mean=0.0, deviation=1.0) -> Float[Array, ""]:
-    """Sum of the log-densities of independent normal numbers."""
-    return jnp.sum(norm.logpdf(value, mean, deviation))
 
 
 def half_normal(free: Float[Array, ""]) -> Float[Array, ""]:

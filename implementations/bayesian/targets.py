@@ -35,10 +35,10 @@ import numpy as np
 from jax.scipy.stats import cauchy, norm
 from jaxtyping import Array, Float
 
+from implementations.bayesian.integrators import LogDensity
 from implementations.bayesian.transforms import POSITIVE, REAL, Transform
 from implementations.sources import tables
 
-LogDensity = Callable[[Float[Array, " dim"]], Float[Array, ""]]
 Values = dict[str, Float[Array, "..."]]
 
 

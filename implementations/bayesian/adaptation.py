@@ -86,7 +86,8 @@ class Moments(NamedTuple):
 def no_moments(like: Float[Array, " dim"], dense: bool = False) -> Moments:
     """Nothing seen yet."""
     zeros = jnp.zeros_like(like)
-    return Moments(zeros[:0].sum(), zeros, jnp.outer(zeros, zeros) if dense else zeros)
+    squares = jnp.outer(zeros, zeros) if dense else zeros
+    return Moments(jnp.zeros((), like.dtype), zeros, squares)
 
 
 def update_moments(moments: Moments, x: Float[Array, " dim"]) -> Moments:

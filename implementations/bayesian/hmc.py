@@ -98,7 +98,8 @@ def fly(
 
     end = jax.lax.fori_loop(0, steps, advance, start)
     change = energy(end) - energy(start)
-    change = jnp.where(jnp.isnan(change), jnp.inf, change)  # NaN would be accepted by none, or all
+    # Neither NaN nor an infinite density is a place to go to.
+    change = jnp.where(jnp.isfinite(change), change, jnp.inf)
     acceptance = jnp.minimum(1.0, jnp.exp(-change))
     accepted = uniform < acceptance
     proposal = State(end.position, end.log_density, end.gradient)

@@ -108,7 +108,12 @@ def step(
     """One trajectory of at most 2^max_depth - 1 steps; `explore` with randomness from `key`.
 
     All randomness of a draw comes from one call: on a CPU a call costs as much as a few steps.
+
+    Raises:
+        ValueError: the tree may not even have one leaf.
     """
+    if max_depth < 1:
+        raise ValueError(f"a tree needs a depth of one at least, got {max_depth}")
     (dim,), dtype = state.position.shape, state.position.dtype
     edge = jnp.nextafter(jnp.array(-1, dtype), jnp.array(0, dtype))  # at -1 erf_inv is infinite
     uniform = jax.random.uniform(key, (dim + 3 * max_depth,), dtype, edge, 1.0)
@@ -129,7 +134,7 @@ def explore(
 
     Args:
         momentum: standard normal.
-        coins: uniforms, a row for each doubling: its direction, its leaf, whether to go there.
+        coins: uniforms in (0, 1], a row a doubling: its direction, its leaf, whether to go there.
     """
     scale = scale_of(inverse_mass)
     start = Phase(state.position, momentum, state.log_density, state.gradient)
@@ -184,7 +189,8 @@ def grow(
     def add_leaf(tree: Subtree) -> Subtree:
         phase = advance(tree.last)
         log_weight = start_energy - energy(phase)
-        log_weight = jnp.where(jnp.isnan(log_weight), -jnp.inf, log_weight)
+        # Neither NaN nor an infinite density is a place to go to: both end the tree as divergences.
+        log_weight = jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf)
         choice, uniform = choose_leaf(tree.choice, phase, log_weight, tree.uniform)
         momentum_sum = tree.momentum_sum + phase.momentum
         row = jax.lax.population_count(tree.leaf >> 1)
@@ -248,7 +254,7 @@ def choose_leaf(
     """
     log_total = jnp.logaddexp(choice.log_total, log_weight)
     share = jnp.exp(log_weight - log_total)
-    moved = uniform < share
+    moved = uniform <= share  # a uniform of 1 must take the first leaf, whose share is 1
     uniform = jnp.where(moved, uniform / share, (uniform - share) / (1 - share))
     new = State(phase.position, phase.log_density, phase.gradient)
     state = jax.tree.map(lambda a, b: jnp.where(moved, a, b), new, choice.state)

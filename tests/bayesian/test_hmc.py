@@ -107,9 +107,10 @@ def test_exact_draws_stay_exact():
         assert abs(error) < 4 * np.sqrt(variance / count), (power, error)
 
 
-def test_what_is_no_number_away_from_the_start_is_a_divergence_and_refused():
+@pytest.mark.parametrize("beyond", [jnp.nan, jnp.inf, -jnp.inf])
+def test_what_is_no_number_away_from_the_start_is_a_divergence_and_refused(beyond):
     def walled(position):
-        return jnp.where(position[0] > 1, jnp.nan, -0.5 * position @ position)
+        return jnp.where(position[0] > 1, beyond, -0.5 * position @ position)
 
     state = init(jnp.zeros(1), walled)
     new, info = fly(jnp.array([3.0]), jnp.array(0.0), state, walled, 0.5, jnp.ones(1), 3)

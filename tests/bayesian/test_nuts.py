@@ -97,7 +97,7 @@ def picked(leaves, log_weights, uniform):
     for leaf, log_weight in zip(leaves[1:], log_weights[1:], strict=True):
         total = np.logaddexp(total, log_weight)
         share = np.exp(log_weight - total)
-        if uniform < share:
+        if uniform <= share:
             kept, uniform = leaf, uniform / share
         else:
             uniform = (uniform - share) / (1 - share)
@@ -168,6 +168,22 @@ def test_a_leaf_is_chosen_by_its_weight_with_one_uniform_for_all():
     np.testing.assert_allclose(totals, np.log(weight.sum()), rtol=1e-12)
 
 
+def test_a_uniform_of_one_takes_the_first_leaf():
+    """It comes up once in 2^24 times, and the state before the first leaf is none."""
+    empty = State(jnp.zeros(1), jnp.zeros(()), jnp.zeros(1))
+    phase = Phase(jnp.ones(1), jnp.zeros(1), jnp.array(-0.5), -jnp.ones(1))
+    choice = Choice(empty, jnp.zeros(()), jnp.array(-jnp.inf))
+    first, uniform = choose_leaf(choice, phase, jnp.array(-0.3), jnp.ones(()))
+    assert first.state.log_density == -0.5 and uniform == 1
+    second = phase._replace(log_density=jnp.array(-2.0))
+    assert choose_leaf(first, second, jnp.array(0.5), uniform)[0].state.log_density == -0.5
+
+
+def test_a_tree_has_a_leaf(unchecked):
+    with pytest.raises(ValueError, match="depth of one at least, got 0"):
+        step(jax.random.key(0), init(jnp.ones(2), normal), normal, 0.1, jnp.ones(2), max_depth=0)
+
+
 def test_trees_are_as_long_as_numpyros():
     """Steps, acceptance and squared position of 2 x 1500 draws at one step size: both samplers'
     means differ by less than 4 standard errors, a false alarm in 1 of 5,000 seeds.
@@ -230,9 +246,10 @@ def test_depth_is_at_most_what_is_asked():
     assert (info.depth == 3).all() and (info.steps == 7).all() and not info.divergent.any()
 
 
-def test_what_is_no_number_away_from_the_start_is_a_divergence():
+@pytest.mark.parametrize("beyond", [jnp.nan, jnp.inf, -jnp.inf])
+def test_what_is_no_number_away_from_the_start_is_a_divergence(beyond):
     def walled(position):
-        return jnp.where(position[0] > 1, jnp.nan, -0.5 * position @ position)
+        return jnp.where(position[0] > 1, beyond, -0.5 * position @ position)
 
     positions, info = chain_of(walled, jnp.zeros(1), 0.3, 50)
     assert info.divergent.any() and not info.divergent.all()

@@ -196,12 +196,12 @@ def calibrated(p_values: Float[np.ndarray, "2 quantity"], false_alarms: float = 
 
 
 def main() -> None:
-    from implementations.bayesian import nuts
     from implementations.bayesian.calibration_models import line
+    from implementations.bayesian.nuts import init, step
 
     def move(key, position, log_density):
-        state = nuts.init(position, log_density)
-        return nuts.step(key, state, log_density, 0.3, jnp.ones(len(position)))[0].position
+        state = init(position, log_density)
+        return step(key, state, log_density, 0.3, jnp.ones(len(position)))[0].position
 
     print("a straight line with unknown noise, NUTS, 2,000 replications; smallest p-values")
     for name, precision in {"as it should be": 1.0, "precision wrong by 20%": 1.2}.items():

@@ -37,7 +37,9 @@ from jaxtyping import Array, Float
 
 from implementations.bayesian.integrators import LogDensity
 from implementations.bayesian.transforms import POSITIVE, REAL, Transform
-from implementations.sources import tables
+from implementations.sources.tables import cars as car_table
+from implementations.sources.tables import google
+from implementations.sources.tables import tumours as tumour_table
 
 Values = dict[str, Float[Array, "..."]]
 
@@ -233,7 +235,7 @@ def standardised(column: Float[np.ndarray, "row *column"]) -> Float[np.ndarray, 
 
 def tumours() -> Target:
     """Is a tumour benign? Logistic regression with standard normal priors."""
-    table, benign = tables.tumours()
+    table, benign = tumour_table()
     measured, sign = standardised(table), 2.0 * benign - 1
 
     def log_joint(intercept: Float[Array, ""], slope: Float[Array, " feature"]) -> Float[Array, ""]:
@@ -247,7 +249,7 @@ def tumours() -> Target:
 
 def car_columns() -> tuple[Float[np.ndarray, "car column"], Float[np.ndarray, " car"]]:
     """Weight (log) and year of each car, standardised; and its log miles a gallon."""
-    table = tables.cars()
+    table = car_table()
     columns = np.stack([np.log(table.weight), table.year], axis=1)
     return standardised(columns), np.log(table.miles)
 
@@ -255,7 +257,7 @@ def car_columns() -> tuple[Float[np.ndarray, "car column"], Float[np.ndarray, " 
 def cars() -> Target:
     """Fuel economy by weight and year, each make with an `economy` of its own around `mean`."""
     columns, miles = car_columns()
-    make, names = tables.cars().make, tables.cars().names
+    make, names = car_table().make, car_table().names
 
     def log_joint(mean, spread, economy, slope, noise) -> Float[Array, ""]:
         expected = economy[make] + jnp.asarray(columns, slope.dtype) @ slope
@@ -274,7 +276,7 @@ def cars() -> Target:
 
 def returns(days: int) -> Float[np.ndarray, " day"]:
     """Google's daily returns in percent, on the last days of its series."""
-    return 100 * np.diff(np.log(tables.google()))[-days:]
+    return 100 * np.diff(np.log(google()))[-days:]
 
 
 def volatility(days: int = 150) -> Target:

@@ -34,7 +34,8 @@ from implementations.bayesian.targets import (
     returns,
     standardised,
 )
-from implementations.sources import tables
+from implementations.sources.tables import cars as car_table
+from implementations.sources.tables import tumours as tumour_table
 
 Model = Callable[[], None]
 
@@ -80,14 +81,14 @@ def eight_schools_non_centred() -> None:
 
 
 def tumours() -> None:
-    table, benign = tables.tumours()
+    table, benign = tumour_table()
     measured = standardised(table)
     logit = sample("intercept", Normal()) + measured @ sample("slope", several(30))
     sample("benign", Bernoulli(logits=logit), obs=benign)
 
 
 def cars() -> None:
-    (columns, miles), table = car_columns(), tables.cars()
+    (columns, miles), table = car_columns(), car_table()
     mean, spread = sample("mean", Normal(3, 1)), sample("spread", HalfNormal())
     noise, slope = sample("noise", HalfNormal()), sample("slope", several(2))
     economy = sample("economy", several(len(table.names), mean, spread))

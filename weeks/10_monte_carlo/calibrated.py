@@ -26,7 +26,6 @@ import numpy as np
 from scipy.stats import binom
 from tqdm import tqdm
 
-from implementations.bayesian import langevin, nuts
 from implementations.bayesian.calibration import (
     Model,
     calibrated,
@@ -36,6 +35,9 @@ from implementations.bayesian.calibration import (
     sbc_ranks,
 )
 from implementations.bayesian.calibration_models import line, schools
+from implementations.bayesian.langevin import init, move
+from implementations.bayesian.langevin import step as mala_step
+from implementations.bayesian.nuts import step as nuts_step
 from implementations.lab.findings import Finding, equals
 from implementations.lab.script import run
 
@@ -65,20 +67,20 @@ class Case(NamedTuple):
 
 
 def with_nuts(key, position, log_density):
-    state = nuts.init(position, log_density)
-    return nuts.step(key, state, log_density, 0.15, jnp.ones(position.shape))[0].position
+    state = init(position, log_density)
+    return nuts_step(key, state, log_density, 0.15, jnp.ones(position.shape))[0].position
 
 
 def with_mala(key, position, log_density):
-    state = langevin.init(position, log_density)
-    return langevin.step(key, state, log_density, 0.2, jnp.ones(position.shape))[0].position
+    state = init(position, log_density)
+    return mala_step(key, state, log_density, 0.2, jnp.ones(position.shape))[0].position
 
 
 def uncorrected(key, position, log_density):
     """MALA's proposal, always accepted: no probability is below a uniform of -1."""
-    state, noise = langevin.init(position, log_density), jax.random.normal(key, position.shape)
+    state, noise = init(position, log_density), jax.random.normal(key, position.shape)
     metric = jnp.ones(position.shape)
-    return langevin.move(noise, -1.0, state, log_density, 0.2, metric)[0].position
+    return move(noise, -1.0, state, log_density, 0.2, metric)[0].position
 
 
 def ignores_data(key, position, log_density):

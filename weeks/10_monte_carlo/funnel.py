@@ -22,9 +22,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import norm
 
-from implementations.bayesian import metropolis
 from implementations.bayesian.chains import run_chains
 from implementations.bayesian.diagnostics import ess_bulk, mcse_mean, r_hat
+from implementations.bayesian.metropolis import init, step
 from implementations.bayesian.targets import TARGETS
 from implementations.lab.findings import Finding, at_least, at_most
 from implementations.lab.host_devices import use_host_devices
@@ -63,17 +63,13 @@ def metropolis_draws(config: Config) -> dict[str, np.ndarray]:
     """The same of random-walk Metropolis with a step of 1."""
     target = TARGETS["funnel"]()
     metric = jnp.ones(target.dimension)
-    advance = partial(
-        metropolis.step, log_density=target.log_density, step_size=1.0, inverse_mass=metric
-    )
+    advance = partial(step, log_density=target.log_density, step_size=1.0, inverse_mass=metric)
 
     @jax.jit
     @jax.vmap
     def chain(key):
         start_key, key = jax.random.split(key)
-        state = metropolis.init(
-            jax.random.normal(start_key, (target.dimension,)), target.log_density
-        )
+        state = init(jax.random.normal(start_key, (target.dimension,)), target.log_density)
 
         def draw(state, key):
             keys = jax.random.split(key, config.thin)

@@ -102,7 +102,7 @@ def draw(config: Config, judged: dict[str, np.ndarray], example: np.ndarray) -> 
         axis.plot(config.distances, (passes * wrong).mean(1), "x-", color="C3", label="lies: both")
         axis.set(title=f"chains start {kind}", xlabel="distance of the humps", ylim=(-0.05, 1.05))
         axis.set_ylabel("share of runs")
-        axis.legend()
+    axes[-1].legend()
     figure.tight_layout()
 
 

@@ -7,8 +7,9 @@ below it, its rank, is uniform on 0 ... draws. The chain starts at θ itself, an
 random place in it: a reversible sampler runs as well backward, so the chain is stationary and the
 ranks are uniform exactly, without warm-up and however slowly the chain moves (Besag & Clifford).
 
-*Geweke's joint test.* Alternate θ ~ sampler(θ | y) and y ~ p(y | θ). Whatever the number of rounds,
+*Geweke's joint test.* Alternate y ~ p(y | θ) and θ ~ sampler(θ | y). Whatever the number of rounds,
 θ and y keep their joint distribution; an error in the sampler, or in the density, grows by rounds.
+It is looked at after the sampler's half: new data would agree with any θ.
 
 Each quantity is judged twice by Kolmogorov and Smirnov's test: as it is, which sees a shift, and
 folded about the middle, which sees a wrong width.
@@ -105,7 +106,7 @@ def geweke_values(
     replications: int = 20_000,
     batch: int = 2_000,
 ) -> Float[np.ndarray, "replication quantity"]:
-    """Quantities after so many rounds of sampler and new data; 0 rounds draw the joint itself.
+    """Quantities after so many rounds of new data and sampler; 0 rounds draw the joint itself.
 
     Raises:
         ValueError: a number is not positive, or the rounds are negative.
@@ -118,10 +119,9 @@ def geweke_values(
         data = model.draw_data(data_key, position)
 
         def alternate(joint, key):
-            position, data = joint
-            move_key, data_key = jax.random.split(key)
-            position = run(move_key, model, move, position, data, thin)
-            return (position, model.draw_data(data_key, position)), None
+            data_key, move_key = jax.random.split(key)
+            data = model.draw_data(data_key, joint[0])
+            return (run(move_key, model, move, joint[0], data, thin), data), None
 
         keys = jax.random.split(rounds_key, rounds)
         joint, _ = jax.lax.scan(alternate, (position, data), keys)

@@ -145,9 +145,13 @@ def test_a_sampler_that_ignores_the_data_is_seen_by_the_density():
         return jax.random.normal(key, position.shape)
 
     ranks = sbc_ranks(jax.random.key(5), model, prior_only, draws=15, replications=2_000)
-    p_values = rank_p_values(ranks, 15)
-    assert p_values[:, :3].min() > 1e-4
-    assert p_values[:, 3].min() < 1e-10
+    values, fresh = (
+        geweke_values(jax.random.key(seed), model, prior_only, rounds=seed, replications=2_000)
+        for seed in (1, 0)
+    )
+    for p_values in (rank_p_values(ranks, 15), joint_p_values(values, fresh)):
+        assert p_values[:, :3].min() > 1e-4
+        assert p_values[:, 3].min() < 1e-10
 
 
 def test_a_missing_determinant_is_caught():

@@ -3,24 +3,16 @@
     step size   dual averaging on its logarithm x, after t steps with errors e = target - acceptance
                 mean <- mean + (e - mean) / (t + 10)       x = center - sqrt(t) / 0.05 · mean
                 average <- t^-0.75 x + (1 - t^-0.75) average,  which is what is used afterwards
-    metric      diagonal   inverse mass = variance of the draws
-                dense      inverse mass = covariance of the draws
-                fisher     inverse mass = sqrt(variance of the draws / variance of their gradients)
+    metric      from the moments of the draws in a window (moments.py)
 
-The metric is estimated in windows of doubling length, each from nothing, because early draws are no
-draws of the posterior; after each the step size starts anew. The Fisher diagonal minimizes the
-distance between gradients of the posterior and of a normal; for a normal with independent
-coordinates it is exact after two draws, since gradient = -(position - mean) / variance.
+Windows double in length, and each begins from nothing, because early draws are no draws of the
+posterior; after each the step size starts anew.
 
 Paper   dual averaging: Nesterov 2009; Hoffman & Gelman 2014, arXiv:1111.4246, section 3.2
-        windows and shrinkage: Stan reference manual, "HMC algorithm parameters"
-        variances in one pass: Welford 1962, doi:10.1080/00401706.1962.10490022
-        fisher: Seyboldt, Carlson & Carpenter 2026, "Preconditioning HMC by minimizing Fisher
-        divergence" (nutpie)
+        windows: Stan reference manual, "HMC algorithm parameters"
 Run     uv run python implementations/bayesian/adaptation.py
 """
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -38,6 +30,7 @@ from implementations.bayesian.integrators import (
     integrate,
     scale_of,
 )
+from implementations.bayesian.moments import METRICS, Moments, no_moments, update_moments
 
 MetricName = Literal["diagonal", "dense", "fisher"]
 
@@ -73,58 +66,6 @@ def update_averaging(
     weight = steps**-0.75
     log_average = weight * log_step + (1 - weight) * state.log_average
     return DualAveraging(steps, error, log_step, log_average, state.center)
-
-
-class Moments(NamedTuple):
-    """Count, mean and summed squared deviations of what was seen."""
-
-    count: Float[Array, ""]
-    mean: Float[Array, " dim"]
-    squares: Metric
-
-
-def no_moments(like: Float[Array, " dim"], dense: bool = False) -> Moments:
-    """Nothing seen yet."""
-    zeros = jnp.zeros_like(like)
-    squares = jnp.outer(zeros, zeros) if dense else zeros
-    return Moments(jnp.zeros((), like.dtype), zeros, squares)
-
-
-def update_moments(moments: Moments, x: Float[Array, " dim"]) -> Moments:
-    """Welford's update: no difference of large numbers, whatever the mean."""
-    count = moments.count + 1
-    before = x - moments.mean
-    mean = moments.mean + before / count
-    after = x - mean
-    product = jnp.outer(before, after) if moments.squares.ndim == 2 else before * after
-    return Moments(count, mean, moments.squares + product)
-
-
-def variance(moments: Moments) -> Metric:
-    """Squares / (count - 1)."""
-    return moments.squares / (moments.count - 1)
-
-
-def shrunk(positions: Moments, gradients: Moments) -> Metric:
-    """The (co)variance, drawn to 0.001 with the weight of five draws (Stan)."""
-    del gradients
-    keep = positions.count / (positions.count + 5)
-    estimate = variance(positions)
-    one = jnp.ones_like(estimate) if estimate.ndim == 1 else jnp.eye(len(estimate))
-    return keep * estimate + (1 - keep) * 1e-3 * one.astype(estimate.dtype)
-
-
-def fisher(positions: Moments, gradients: Moments) -> Metric:
-    """sqrt(variance of positions / variance of gradients), one where either is nothing."""
-    ratio = jnp.sqrt(variance(positions) / variance(gradients))
-    return jnp.where(jnp.isfinite(ratio) & (ratio > 0), ratio, 1.0)
-
-
-METRICS: dict[str, Callable[[Moments, Moments], Metric]] = {
-    "diagonal": shrunk,
-    "dense": shrunk,
-    "fisher": fisher,
-}
 
 
 def windows(warm_up: int) -> list[tuple[int, int]]:
@@ -272,21 +213,16 @@ def select(condition: Bool[Array, ""], new: tuple, old: tuple) -> tuple:
 
 
 def main() -> None:
-    scales = jnp.array([0.1, 1.0, 10.0])
-    print("a normal with variances 0.01, 1, 100: what 50 draws from it tell of the inverse mass")
-    draws = scales * jax.random.normal(jax.random.key(0), (50, 3))
-    positions = gradients = no_moments(scales)
-    covariance = no_moments(scales, dense=True)
-    for draw in draws:
-        positions, gradients = (
-            update_moments(positions, draw),
-            update_moments(gradients, -draw / scales**2),
-        )
-        covariance = update_moments(covariance, draw)
-    print("  diagonal", shrunk(positions, gradients))
-    print("  dense   ", jnp.diag(shrunk(covariance, gradients)), "on the diagonal")
-    print("  fisher  ", fisher(positions, gradients))
-    print("windows of 1000 steps:", windows(1000))
+    print("windows of 1000 steps of warm-up:", windows(1000))
+    print("acceptance is exp(-step size²), wanted is 0.8: what dual averaging makes of it")
+    state, rng = start_averaging(jnp.array(0.1)), np.random.default_rng(0)
+    for step in range(1, 401):
+        noisy = np.clip(np.exp(-jnp.exp(2 * state.log_step)) + 0.2 * rng.normal(), 0, 1)
+        state = update_averaging(state, jnp.array(noisy), 0.8)
+        if step in (1, 5, 20, 100, 400):
+            tried, average = jnp.exp(state.log_step), jnp.exp(state.log_average)
+            print(f"  after {step:3} steps: tries {tried:6.3f}, average {average:.3f}")
+    print(f"  exactly right: {np.sqrt(-np.log(0.8)):.3f}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
-from implementations.bayesian import nuts
 from implementations.bayesian.adaptation import (
     FROZEN,
     MetricName,
@@ -33,6 +32,8 @@ from implementations.bayesian.adaptation import (
     tune,
 )
 from implementations.bayesian.integrators import LogDensity
+from implementations.bayesian.nuts import init as start_nuts
+from implementations.bayesian.nuts import step as nuts_step
 
 
 class Draws(NamedTuple):
@@ -64,8 +65,8 @@ def run_chain(
     position: Float[Array, " dim"],
     log_density: LogDensity,
     *,
-    init: Callable = nuts.init,
-    step: Callable = nuts.step,
+    init: Callable = start_nuts,
+    step: Callable = nuts_step,
     warm_up: int = 1000,
     draws: int = 1000,
     target: float = 0.8,

@@ -13,20 +13,22 @@ from implementations.bayesian.adaptation import (
     STEP_SIZE_ONLY,
     WINDOW_ENDS,
     find_step_size,
-    fisher,
-    no_moments,
     schedule,
-    shrunk,
     start_averaging,
     start_tuning,
     tune,
     update_averaging,
-    update_moments,
-    variance,
     windows,
 )
 from implementations.bayesian.chains import run_chain
 from implementations.bayesian.hmc import fly, init
+from implementations.bayesian.moments import (
+    fisher,
+    no_moments,
+    shrunk,
+    update_moments,
+    variance,
+)
 
 
 def test_dual_averaging_is_numpyros():

@@ -25,17 +25,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tqdm import tqdm
 
-from implementations.bayesian import hmc, langevin, metropolis
+from implementations.bayesian.hmc import init as start_hmc
+from implementations.bayesian.hmc import step as hmc_step
+from implementations.bayesian.langevin import init as start_mala
+from implementations.bayesian.langevin import step as mala_step
+from implementations.bayesian.metropolis import init as start_walk
+from implementations.bayesian.metropolis import step as walk_step
 from implementations.lab.findings import Finding, within
 from implementations.lab.script import run
 
 QUARTER = np.pi / 2
 LIMIT = 256
 """dimensions from which the powers are fitted"""
-SAMPLERS = {  # its file, the best acceptance, the power, how far from it a fit may be
-    "random walk": (metropolis, 0.234, -1, 0.1),
-    "MALA": (langevin, 0.574, -1 / 3, 0.06),
-    "HMC": (hmc, 0.651, -1 / 4, 0.06),
+SAMPLERS = {  # init and step, the best acceptance, the power, how far from it a fit may be
+    "random walk": ((start_walk, walk_step), 0.234, -1, 0.1),
+    "MALA": ((start_mala, mala_step), 0.574, -1 / 3, 0.06),
+    "HMC": ((start_hmc, hmc_step), 0.651, -1 / 4, 0.06),
 }
 
 
@@ -57,15 +62,15 @@ def log_density(position):
 @partial(jax.jit, static_argnames="sampler")
 def steps_from(sampler, keys, starts, step_size):
     """One step from each start: positions after, and acceptances."""
-    metric = jnp.ones(starts.shape[1])
+    (init, step), metric = sampler, jnp.ones(starts.shape[1])
 
     def one(key, start):
         length_key, key = jax.random.split(key)
         # A quarter of a turn is no whole number of steps: some fly one more, on average it is one.
         flight = jnp.floor(QUARTER / step_size + jax.random.uniform(length_key)).astype(int)
-        more = {"steps": flight} if sampler is hmc else {}
-        state = sampler.init(start, log_density)
-        state, info = sampler.step(key, state, log_density, step_size, metric, **more)
+        more = {"steps": flight} if step is hmc_step else {}
+        state = init(start, log_density)
+        state, info = step(key, state, log_density, step_size, metric, **more)
         return state.position, info.acceptance
 
     return jax.vmap(one)(keys, starts)
@@ -83,7 +88,7 @@ def worth_of(name: str, dimension: int, draws: int, seed: int) -> float:
         after, acceptance = steps_from(sampler, keys, starts, size)
         low, high = (size, high) if acceptance.mean() > wanted else (low, size)
     correlation = float((starts * after).mean() / (starts**2).mean())
-    gradients = QUARTER / size if sampler is hmc else 1.0
+    gradients = QUARTER / size if name == "HMC" else 1.0
     return (1 - correlation) / (1 + correlation) / gradients
 
 

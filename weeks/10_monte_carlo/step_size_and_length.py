@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from implementations.bayesian import hmc, nuts
 from implementations.bayesian.chains import run_chains
 from implementations.bayesian.diagnostics import entrywise, ess_bulk
+from implementations.bayesian.hmc import init, step
 from implementations.lab.findings import Finding, at_most, within
 from implementations.lab.host_devices import use_host_devices
 from implementations.lab.script import run
@@ -59,8 +59,8 @@ def steps_from(keys, starts, step_size, length):
     def one(key, start):
         length_key, key = jax.random.split(key)
         flight = jnp.floor(length / step_size + jax.random.uniform(length_key)).astype(int)
-        state = hmc.init(start, log_density)
-        state, info = hmc.step(key, state, log_density, step_size, metric, steps=flight)
+        state = init(start, log_density)
+        state, info = step(key, state, log_density, step_size, metric, steps=flight)
         return state.position, info.acceptance
 
     return jax.vmap(one)(keys, starts)
@@ -101,7 +101,7 @@ def nuts_by_target(config: Config) -> np.ndarray:
     """Acceptance reached, and effective draws per gradient, for each target of the adaptation."""
     rows = []
     for target in TARGETS:
-        given = {"draws": config.nuts_draws, "target": target, "init": nuts.init}
+        given = {"draws": config.nuts_draws, "target": target}
         start = jnp.zeros((2, config.dimension))
         found = run_chains(jax.random.key(2), start, log_density, **given)
         draws = np.asarray(found.position[..., :10], float)

@@ -41,6 +41,9 @@ from implementations.bayesian.nuts import step as nuts_step
 from implementations.lab.findings import Finding, equals
 from implementations.lab.script import run
 
+QUANTITIES = ("intercept", "log spread", "log noise", "log density")
+"""by number, of the cases that show them"""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -58,11 +61,11 @@ class Config:
 
 
 class Case(NamedTuple):
-    """A model and a sampler, one of them perhaps broken, and the quantity to show."""
+    """A model and a sampler, one of them perhaps broken, and the quantities to show."""
 
     model: Model
     move: Callable
-    shown: int
+    shown: tuple[int, ...]
     clean: bool = False
 
 
@@ -95,18 +98,18 @@ def without_determinant() -> Model:
 
 
 CASES = {
-    "a line, NUTS": Case(line(), with_nuts, 2, clean=True),
-    "schools, NUTS": Case(schools(), with_nuts, 1, clean=True),
-    "a line, MALA": Case(line(), with_mala, 0, clean=True),
-    "a line, precision 5% wrong": Case(line(1.05), with_nuts, 2),
-    "schools, no determinant": Case(without_determinant(), with_nuts, 1),
-    "a line, MALA uncorrected": Case(line(), uncorrected, 0),
-    "a line, data ignored": Case(line(), ignores_data, 3),
+    "a line, NUTS": Case(line(), with_nuts, (2,), clean=True),
+    "schools, NUTS": Case(schools(), with_nuts, (1,), clean=True),
+    "a line, MALA": Case(line(), with_mala, (0,), clean=True),
+    "a line, precision 5% wrong": Case(line(1.05), with_nuts, (2,)),
+    "schools, no determinant": Case(without_determinant(), with_nuts, (1,)),
+    "a line, MALA uncorrected": Case(line(), uncorrected, (0,)),
+    "a line, data ignored": Case(line(), ignores_data, (0, 3)),
 }
 
 
 def judge(name: str, config: Config) -> tuple[np.ndarray, bool, bool | None]:
-    """Ranks of the shown quantity, the verdict of all ranks, and Geweke's."""
+    """Ranks [replication, quantity], their verdict, and Geweke's."""
     case, keys = CASES[name], jax.random.split(jax.random.key(config.seed), 3)
     sizes = {"replications": config.replications, "batch": min(2_000, config.replications)}
     ranks = sbc_ranks(keys[0], case.model, case.move, draws=config.draws, **sizes)
@@ -118,27 +121,21 @@ def judge(name: str, config: Config) -> tuple[np.ndarray, bool, bool | None]:
             for key, rounds in ((keys[1], config.rounds), (keys[2], 0))
         )
         joint = calibrated(joint_p_values(after, fresh), config.false_alarms)
-    return ranks[:, case.shown], passes, joint
+    return ranks, passes, joint
 
 
 def draw(shown: dict[str, np.ndarray], config: Config) -> None:
     """A histogram of ranks a case, with the band that holds 99% of the bars of a flat one."""
-    columns = (len(shown) + 1) // 2
+    panels = [(name, number) for name in shown for number in CASES[name].shown]
+    columns = (len(panels) + 1) // 2
     figure, axes = plt.subplots(2, columns, figsize=(4.2 * columns, 5.6), sharex=True, sharey=True)
     low, high = binom.ppf([0.005, 0.995], config.replications, 1 / (config.draws + 1))
-    quantity = {0: "intercept", 1: "log spread", 2: "log noise", 3: "log density"}
-    for axis, (name, ranks) in zip(axes.flat, shown.items(), strict=False):
+    for axis, (name, number) in zip(axes.flat, panels, strict=False):
+        counts = np.bincount(shown[name][:, number], minlength=config.draws + 1)
         colour = "C0" if CASES[name].clean else "C3"
         axis.axhspan(low, high, color="gray", alpha=0.35)
-        axis.bar(
-            np.arange(config.draws + 1),
-            np.bincount(ranks, minlength=config.draws + 1),
-            width=1.0,
-            color=colour,
-            alpha=0.7,
-        )
-        axis.set(title=name, xlabel=f"rank of the true {quantity[CASES[name].shown]}")
-        axis.set_ylim(0, 2.5 * high)
+        axis.bar(np.arange(config.draws + 1), counts, width=1.0, color=colour, alpha=0.7)
+        axis.set(title=name, xlabel=f"rank of the true {QUANTITIES[number]}", ylim=(0, 2.5 * high))
     figure.tight_layout()
 
 

@@ -74,6 +74,29 @@ def test_another_sampler_odd_chains_and_float64():
         assert result.inverse_mass.shape == (3, 2, 2) and result.info.accepted.any()
 
 
+FLIGHTS = {"init": hmc.init, "step": partial(hmc.step, steps=3)}
+
+
+def test_no_draw_of_the_warm_up_is_handed_over():
+    """The chains start 250 and 2000 deviations away, and draws are not."""
+    far = jnp.full((2, 2), 1000.0)
+    result = run_chains(jax.random.key(3), far, shifted, warm_up=300, draws=50, **FLIGHTS)
+    assert result.position.shape == (2, 50, 2)
+    assert (abs((result.position - MEAN) / SCALES) < 10).all()
+
+
+def test_a_higher_target_means_shorter_steps_and_more_acceptance():
+    found = {
+        target: run_chains(
+            jax.random.key(4), jnp.zeros((2, 2)), shifted, warm_up=300, target=target, **FLIGHTS
+        )
+        for target in (0.6, 0.95)
+    }
+    rate = {target: float(result.info.acceptance.mean()) for target, result in found.items()}
+    assert rate[0.6] < 0.85 < 0.9 < rate[0.95]
+    assert (found[0.6].step_size.min() > found[0.95].step_size.max()).all()
+
+
 def test_without_a_warm_up_the_step_size_is_the_first_one_found():
     short = {"init": hmc.init, "step": hmc.step, "warm_up": 0, "draws": 3}
     result = run_chains(jax.random.key(2), jnp.zeros((2, 2)), shifted, **short)

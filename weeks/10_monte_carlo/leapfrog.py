@@ -102,6 +102,8 @@ def draw(config: Config, errors: dict[str, np.ndarray], sizes: np.ndarray) -> No
     axes[1].set_title("Euler gains energy, the others swing")
     axes[2].set(xlabel="step size", ylabel="largest energy error in 4 units of time")
     axes[2].set_title("Order 1, 2 and 4")
+    axes[2].set_xticks(sizes, [f"{size:g}" for size in sizes])
+    axes[2].minorticks_off()
     for one in axes:
         one.grid(alpha=0.3)
         one.legend()

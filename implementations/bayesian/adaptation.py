@@ -117,18 +117,21 @@ def find_step_size(
     scale = scale_of(inverse_mass)
     tiny, huge = jnp.finfo(step_size.dtype).tiny, jnp.finfo(step_size.dtype).max
 
-    def accepts(step_size: Float[Array, ""]):
+    def going_on(carry: tuple) -> Bool[Array, ""]:
+        step_size, _, _, crossed = carry
+        return ~crossed & (step_size > 1e3 * tiny) & (step_size < huge / 1e3)
+
+    def try_out(carry: tuple) -> tuple:  # the only gradient, since it is compiled where it stands
+        step_size, grows, first, _ = carry
         end = integrate(start, log_density, step_size, scale)
-        return energy(start) - energy(end) > np.log(0.8)  # NaN is not
+        accepts = energy(start) - energy(end) > np.log(0.8)  # NaN does not
+        grows = jnp.where(first, accepts, grows)
+        crossed = accepts != grows
+        factor = jnp.where(crossed, 1.0, jnp.where(grows, 2.0, 0.5)).astype(step_size.dtype)
+        return step_size * factor, grows, jnp.array(False), crossed
 
-    grow = accepts(step_size)
-    factor = jnp.where(grow, 2.0, 0.5).astype(step_size.dtype)
-
-    def going_on(step_size: Float[Array, ""]):
-        inside = (step_size > 1e3 * tiny) & (step_size < huge / 1e3)
-        return inside & (accepts(step_size) == grow)
-
-    return jax.lax.while_loop(going_on, lambda step_size: step_size * factor, step_size)
+    first, false = jnp.array(True), jnp.array(False)
+    return jax.lax.while_loop(going_on, try_out, (step_size, false, first, false))[0]
 
 
 class Tuning(NamedTuple):

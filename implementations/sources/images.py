@@ -117,9 +117,9 @@ def kanji(size: int) -> Images:
     if not 8 <= size <= 256:
         raise ValueError(f"characters are drawn at sizes from 8 to 256, got {size}")
     files = {
-        int(found[1], 16): Path(file.locate())
-        for file in package_files("kanjivg")
-        if (found := CHARACTER.fullmatch(str(file)))
+        int(found[1], 16): path
+        for name, path in package_files("kanjivg").items()
+        if (found := CHARACTER.fullmatch(name))
     }
     codes = sorted(files.keys() - TWINS)
     pixels = cached(
@@ -129,18 +129,19 @@ def kanji(size: int) -> Images:
     return Images(torch.from_numpy(pixels)[:, None], torch.tensor(codes), 256)
 
 
-def package_files(package: str) -> list[importlib.metadata.PackagePath]:
-    """What an installed distribution brought.
+def package_files(package: str) -> dict[str, Path]:
+    """What an installed distribution brought: where each file is, by its name in the package.
 
     Raises:
         FileNotFoundError: it is not installed.
     """
     try:
-        return importlib.metadata.files(package) or []
+        files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         raise FileNotFoundError(
             f"the data package {package} is not installed: run `uv sync`"
         ) from None
+    return {str(file): Path(file.locate()) for file in files}
 
 
 def version(package: str) -> str:

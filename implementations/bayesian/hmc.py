@@ -68,7 +68,7 @@ def step(
     log_density: LogDensity,
     step_size: StepSize,
     inverse_mass: Metric,
-    steps: int | Int[Array, ""] = 10,
+    steps: Int[Array, ""] | int = 10,
     scheme: Scheme = LEAPFROG,
 ) -> tuple[State, Info]:
     """One flight of `steps` steps; `fly` with randomness from `key`."""
@@ -86,7 +86,7 @@ def fly(
     log_density: LogDensity,
     step_size: StepSize,
     inverse_mass: Metric,
-    steps: int | Int[Array, ""] = 10,
+    steps: Int[Array, ""] | int = 10,
     scheme: Scheme = LEAPFROG,
 ) -> tuple[State, Info]:
     """Neal 2011, figure 2, for a given momentum (in units of the metric) and a given uniform."""

@@ -14,6 +14,7 @@ Run     uv run python weeks/10_monte_carlo/nuts_trees.py
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,8 @@ def normal(position):
     return -0.5 * position @ position
 
 
-def statistics(size: float, config: Config):
+@partial(jax.jit, static_argnames="config")
+def statistics(size, config: Config):
     """Info of a chain that starts with an exact draw."""
 
     def draw(state, key):
@@ -51,7 +53,11 @@ def statistics(size: float, config: Config):
 
     start = jax.random.normal(jax.random.key(1), (config.dimension,))
     keys = jax.random.split(jax.random.key(0), config.draws)
-    return jax.jit(lambda x: jax.lax.scan(draw, init(x, normal), keys)[1])(start)
+    return jax.lax.scan(draw, init(start, normal), keys)[1]
+
+
+fly = jax.jit(explore, static_argnames="log_density")
+advance = jax.jit(integrate, static_argnames="log_density")
 
 
 def path(log_density, start: np.ndarray, seed: int, size: float) -> tuple[list, np.ndarray]:
@@ -62,15 +68,15 @@ def path(log_density, start: np.ndarray, seed: int, size: float) -> tuple[list, 
     rng = np.random.default_rng(seed)
     momentum, coins = jnp.asarray(rng.normal(size=2)), jnp.asarray(rng.uniform(size=(8, 3)))
     state, metric = init(jnp.asarray(start), log_density), jnp.ones(2)
-    chosen, info = explore(momentum, coins, state, log_density, size, metric)
+    chosen, info = fly(momentum, coins, state, log_density, size, metric)
     ends = [Phase(state.position, momentum, state.log_density, state.gradient)] * 2
-    advance = jax.jit(lambda phase, signed: integrate(phase, log_density, signed, metric))
     doublings, left = [[np.asarray(start)]], int(info.steps)
     for depth in range(int(info.depth)):
         forwards = int(coins[depth, 0] < 0.5)
         points = []
         for _ in range(min(2**depth, left)):
-            ends[forwards] = advance(ends[forwards], size if forwards else -size)
+            signed = size if forwards else -size
+            ends[forwards] = advance(ends[forwards], log_density, signed, metric)
             points.append(np.asarray(ends[forwards].position))
         left -= len(points)
         doublings.append(points)

@@ -17,6 +17,7 @@ Run     uv run python weeks/10_monte_carlo/race.py
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -209,7 +210,8 @@ def compare_settings(speeds: dict[str, dict[str, np.ndarray]], config: Config) -
     options += ["--warm-up", config.warm_up, "--draws", config.draws, "--rounds", config.rounds]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, *map(str, options), "--record", folder]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=plain)
         record = json.loads((Path(folder) / "results" / "race.json").read_text())
     found = {entry["claim"]: entry["measured"] for entry in record["findings"]}
     ratio = found[

@@ -112,7 +112,7 @@ def main() -> None:
     def log_density(position):
         return -0.5 * (position / jnp.array([1.0, 10.0])) @ (position / jnp.array([1.0, 10.0]))
 
-    print("a normal with standard deviations 1 and 10, 2000 draws of 10 steps")
+    print("a normal with standard deviations 1 and 10, 2000 flights of 3 steps")
     for name, inverse_mass in {"unit": jnp.ones(2), "its variances": jnp.array([1, 100.0])}.items():
 
         def draw(state, key, inverse_mass=inverse_mass):

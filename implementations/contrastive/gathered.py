@@ -108,8 +108,10 @@ def example(rank: int, store: Path, processes: int) -> None:
     apart = (mine[1].grad / processes - expected).abs().max().item()
     if rank == 0:
         print(f"one process with 64 pairs            loss {whole.item():.6f}")
-        print(f"{processes} processes with {64 // processes} pairs each          "
-              f"loss {mean.item() / processes:.6f}, gradients differ by {apart:.1e}")
+        print(
+            f"{processes} processes with {64 // processes} pairs each          "
+            f"loss {mean.item() / processes:.6f}, gradients differ by {apart:.1e}"
+        )
         alone = info_nce(*(x.detach() for x in mine))
         print(f"the same without the others' keys    loss {alone.item():.6f}")
     distributed.destroy_process_group()

@@ -51,7 +51,7 @@ def gaussian_information(correlation: float, dim: int) -> float:
     """The nats that `correlated_gaussians` share.
 
     Raises:
-        ValueError: the correlation is 1 or more, so that one side tells the other to the last digit.
+        ValueError: a correlation of 1 or more: one side would tell the other to the last digit.
     """
     if not abs(correlation) < 1:
         raise ValueError(f"a correlation lies between -1 and 1, got {correlation}")
@@ -68,7 +68,9 @@ def log_density_ratio(
 
 
 def main() -> None:
-    print("nats shared by Gaussians in 8 dimensions, and InfoNCE's bound with the best score there is")
+    print(
+        "nats shared by Gaussians in 8 dimensions, and InfoNCE's bound with the best score there is"
+    )
     print("     known" + "".join(f"{f'N = {count}':>10}" for count in (4, 32, 256, 2048)))
     for correlation in (0.3, 0.6, 0.8, 0.95):
         line = f"{gaussian_information(correlation, 8):10.3f}"

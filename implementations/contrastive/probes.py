@@ -18,11 +18,14 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from implementations.contrastive.info_nce import unit
 
-Rows, Labels = Float[Tensor, "row width"], Int[Tensor, " row"]
-
 
 def nearest_neighbours(
-    train: Rows, labels: Labels, test: Rows, test_labels: Labels, *, neighbours: int = 5
+    train: Float[Tensor, "row width"],
+    labels: Int[Tensor, " row"],
+    test: Float[Tensor, "test_row width"],
+    test_labels: Int[Tensor, " test_row"],
+    *,
+    neighbours: int = 5,
 ) -> float:
     """Accuracy of a vote of the nearest training rows by cosine; of a tie the lowest label wins.
 
@@ -39,7 +42,12 @@ def nearest_neighbours(
 
 
 def linear_probe(
-    train: Rows, labels: Labels, test: Rows, test_labels: Labels, *, penalty: float = 1e-3
+    train: Float[Tensor, "row width"],
+    labels: Int[Tensor, " row"],
+    test: Float[Tensor, "test_row width"],
+    test_labels: Int[Tensor, " test_row"],
+    *,
+    penalty: float = 1e-3,
 ) -> float:
     """Accuracy of logistic regression on features scaled by the training rows' mean and spread.
 
@@ -53,7 +61,11 @@ def linear_probe(
 
 
 def fit_linear(
-    x: Rows, labels: Labels, *, penalty: float, iterations: int = 500
+    x: Float[Tensor, "row width"],
+    labels: Int[Tensor, " row"],
+    *,
+    penalty: float,
+    iterations: int = 500,
 ) -> tuple[Float[Tensor, "label width"], Float[Tensor, " label"]]:
     """The weight and bias at the minimum, which is the only one; in float64, by L-BFGS.
 

@@ -37,11 +37,11 @@ def align_and_spread(
     first: Float[Tensor, "pair dim"], second: Float[Tensor, "pair dim"], t: float = 2.0
 ) -> Float[Tensor, ""]:
     """Alignment plus the uniformity of each side, halved. Errors are those of `info_nce`."""
-    spread = 0.0
+    aligned, spread = positives_only(first, second), 0.0
     for side in (first, second):
         squares = torch.pdist(unit(side)).square()
         spread = spread + torch.logsumexp(-t * squares, 0) - math.log(len(squares))
-    return positives_only(first, second) + spread / 2
+    return aligned + spread / 2
 
 
 class SimSiam(nn.Module):

@@ -115,7 +115,7 @@ class CLIP(nn.Module):
         return clip_loss(self.embed_images(pixels), self.embed_texts(text), self.temperature())
 
 
-def summed_loss(model: CLIP, batch: tuple[Tensor, ...]) -> tuple[Float[Tensor, ""], int]:
+def pair_loss(model: CLIP, batch: tuple[Tensor, ...]) -> tuple[Float[Tensor, ""], int]:
     """The loss in the form that training/ wants: a sum, and over how many pairs.
 
     A contrastive batch cannot be cut into micro-batches: it would have fewer negatives.

@@ -50,7 +50,7 @@ class SimCLR(nn.Module):
         return self.head(self.encoder(pixels))
 
 
-def summed_loss(
+def view_loss(
     model: SimCLR, batch: tuple[Tensor, ...], loss: PairLoss = nt_xent
 ) -> tuple[Float[Tensor, ""], int]:
     """A loss of two views in the form that training/ wants: a sum, and over how many pictures.
@@ -87,7 +87,7 @@ def main() -> None:
         score = nearest_neighbours(known, train[1][::29], asked, test[1], neighbours=1)
         print(f"digits by the nearest of 50 with a label, {name} training without any: {score:.3f}")
         if name == "before":
-            fit(model, views, summed_loss, steps=400, learning_rate=2e-3)
+            fit(model, views, view_loss, steps=400, learning_rate=2e-3)
 
 
 if __name__ == "__main__":

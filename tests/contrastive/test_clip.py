@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from implementations.contrastive.clip import CLIP, TextTower, clip_loss, summed_loss
+from implementations.contrastive.clip import CLIP, TextTower, clip_loss, pair_loss
 from implementations.contrastive.info_nce import info_nce
 from implementations.lab.compare import assert_same_function
 from implementations.models.decoder import DecoderConfig
@@ -120,9 +120,9 @@ def test_every_parameter_learns():
     assert still == []
 
 
-def test_summed_loss_is_the_mean_times_the_pairs():
+def test_the_training_loss_is_the_mean_times_the_pairs():
     model, given = small(), batch()
-    total, count = summed_loss(model, given)
+    total, count = pair_loss(model, given)
     assert count == 4
     assert_close(total / 4, model(*given), rtol=1e-10, atol=0)
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from implementations.contrastive.augmentation import Augmentation, two_views
 from implementations.contrastive.probes import nearest_neighbours
-from implementations.contrastive.simclr import SimCLR, summed_loss
+from implementations.contrastive.simclr import SimCLR, view_loss
 from implementations.sources.images import digits
 from implementations.training.fit import fit
 from implementations.training.rows import RandomRows
@@ -18,7 +18,7 @@ def test_the_loss_is_that_of_the_heads_outputs():
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 6)).double()
     model = SimCLR(encoder, width=6, dim=4).double()
     views = torch.rand(2, 3, 3, 2, 2, dtype=torch.float64)
-    total, count = summed_loss(model, tuple(views))
+    total, count = view_loss(model, tuple(views))
     z = torch.cat([model.head(encoder(view)) for view in views])
     scores = cosine_similarity(z[:, None], z[None], dim=-1) / 0.1
     cut = scores[~torch.eye(6, dtype=torch.bool)].view(6, 5)
@@ -37,7 +37,7 @@ def test_features_come_from_before_the_head():
 def test_other_losses_of_two_views_fit_in():
     model = SimCLR(nn.Flatten(), width=12)
     views = torch.rand(2, 5, 3, 2, 2)
-    total, _ = summed_loss(model, tuple(views), lambda first, second: (first - second).sum())
+    total, _ = view_loss(model, tuple(views), lambda first, second: (first - second).sum())
     assert_close(total, 5 * (model(views[0]) - model(views[1])).sum(), rtol=1e-4, atol=1e-4)
 
 
@@ -60,7 +60,7 @@ def test_without_labels_features_become_better_neighbours():
     fit(
         model,
         lambda step: tuple(two_views(rows(step), shaken, seed=0, step=step)),
-        summed_loss,
+        view_loss,
         steps=40,
         learning_rate=3e-3,
     )

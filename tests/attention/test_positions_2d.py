@@ -85,7 +85,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 @pytest.mark.parametrize("new", [(4, 6), (8, 3), (9, 13)], ids=str)
 def test_interpolation_reads_a_slope_as_a_slope(new):
-    """P[row, column] = (row, column) is read at the new grid's own coordinates, away from the edges.
+    """P[row, column] = (row, column) is read at the new coordinates, away from the edges.
 
     Keys' cubic with torch's a = -3/4 errs on a line by t (1 - t) (2t - 1) / 2 between two rows, at
     most 0.0482; at t = 1/2, where the other two grids read it, by nothing.

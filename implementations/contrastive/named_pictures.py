@@ -13,6 +13,7 @@ Run     uv run python implementations/contrastive/named_pictures.py
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -31,8 +32,11 @@ MERGES, LONGEST = 600, 24  # byte pairs that are learned, and tokens of a name t
 AT_ONCE = 64  # names in a batch of MiniLM's
 
 
+@cache  # the catalogue and the names in 14 languages take half a second to read
 def split_pictures(size: int = 32, count: int | None = None) -> tuple[OpenMoji, OpenMoji]:
     """OpenMoji's training pictures, and of its test pictures the first of each family.
+
+    The tensors are shared by all callers: to be read, not written.
 
     Args:
         count: about so many of both together, evenly over the catalogue; all unless given.

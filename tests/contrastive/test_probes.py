@@ -67,6 +67,14 @@ def test_a_probe_sees_what_is_linear_and_nothing_else():
         assert low <= linear_probe(x[:2000], labels[:2000], x[2000:], labels[2000:]) <= high
 
 
+def test_a_row_is_judged_alone(data):
+    """The accuracy over the test is the mean of those of its parts, whatever else is in them."""
+    train, labels, test, test_labels = data
+    parts = [test_labels < 5, test_labels >= 5]
+    alone = [linear_probe(train, labels, test[p], test_labels[p]) * p.sum().item() for p in parts]
+    assert sum(alone) / len(test) == pytest.approx(linear_probe(*data), abs=1e-12)
+
+
 def test_a_feature_that_never_changes_is_harmless(data):
     train, labels, test, test_labels = data
     wider = [torch.cat([x, torch.ones(len(x), 1).double()], 1) for x in (train, test)]

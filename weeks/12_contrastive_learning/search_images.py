@@ -101,9 +101,8 @@ def main(config: Config) -> list[Finding]:
         findings.append(Finding(f'"{query}" finds', names))
     for title, recalls in found.items():
         for language, value in zip(LANGUAGES.values(), recalls, strict=True):
-            rule = (
-                at_least(chance) if title.startswith("MiniLM") and language == "English" else None
-            )
+            promised = config.steps >= 100 and title.startswith("MiniLM") and language == "English"
+            rule = at_least(chance) if promised else None  # a few steps promise nothing
             claim = f"{title}: recall@10 of {language} names"
             findings.append(Finding(claim, value, expected=rule, source="chance" if rule else ""))
     return findings

@@ -107,6 +107,7 @@ def test_a_shuffle_is_one_for_all_and_loses_nothing():
     pixels = torch.arange(2 * 196.0).view(2, 1, 14, 14)
     mixed = prepared(config, pixels)
     assert not torch.equal(mixed, pixels) and torch.equal(prepared(TINY, pixels), pixels)
+    assert torch.equal(prepared(config, pixels), mixed)
     assert torch.equal(mixed[1] - mixed[0], pixels[1] - pixels[0])  # 196 everywhere
     assert sorted(mixed[0].flatten().tolist()) == list(range(196))
     corners = mixed[0, 0, ::7, ::7].flatten().tolist()

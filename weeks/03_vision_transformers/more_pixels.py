@@ -85,8 +85,8 @@ def draw(found: dict[str, Tensor], sizes: tuple[int, ...]) -> None:
     _, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, right in found.items():
         style = "--" if name == CARELESS else "-"
-        axes.plot(sizes, right.mean(0), f"o{style}", label=name)
-        axes.fill_between(sizes, right.amin(0), right.amax(0), alpha=0.15)
+        axes.plot(sizes, right.mean(0).tolist(), f"o{style}", label=name)
+        axes.fill_between(sizes, right.amin(0).tolist(), right.amax(0).tolist(), alpha=0.15)
     axes.axvline(28, color="black", linestyle=":", label="trained at")
     axes.set_xticks(sizes, [f"{size}\n{size // 7} x {size // 7}" for size in sizes])
     axes.set(xlabel="pixels of a side; patches", ylabel="test digits named", ylim=(0, 1))

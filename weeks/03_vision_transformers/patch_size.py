@@ -72,9 +72,9 @@ def draw(patches: tuple[int, ...], right: Tensor, seconds: dict[int, float]) -> 
     words = [(28 // patch) ** 2 for patch in patches]
     cost = [1e3 * seconds[patch] / 32 for patch in patches]
     for axes, x in ((left, words), (panel, cost)):
-        axes.semilogx(x, right.mean(0), "o-")
-        axes.plot(x, right.T, "k.", alpha=0.5)
-        for place, height, patch in zip(x, right.mean(0), patches, strict=True):
+        axes.semilogx(x, right.mean(0).tolist(), "o-")
+        axes.plot(x, right.T.numpy(), "k.", alpha=0.5)
+        for place, height, patch in zip(x, right.mean(0).tolist(), patches, strict=True):
             axes.annotate(
                 f"{patch} x {patch}",
                 (place, height),
@@ -98,7 +98,7 @@ def main(config: Config) -> list[Finding]:
         patch: ClassifierConfig(patch=patch, steps=config.steps) for patch in config.patches
     }
     known, test = pictures(next(iter(settings.values())))
-    batch = [tensor[:32].to(config.device) for tensor in known]
+    batch = [tensor[:: len(tensor) // 32][:32].to(config.device) for tensor in known]
     steps = {
         str(patch): gradient(untrained(one).to(config.device)) for patch, one in settings.items()
     }

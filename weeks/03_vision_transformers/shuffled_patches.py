@@ -68,7 +68,7 @@ def draw(pixels: Tensor, whole: dict[str, list[float]], parts: dict[str, list[fl
         1, 2, figsize=(11, 4), layout="constrained", width_ratios=[1, 2.2]
     )
     pair = torch.cat([pixels[:1], mixed(pixels[:1], 7)], dim=-1)
-    left.imshow(pair[0, 0], cmap="gray_r")
+    left.imshow(pair[0, 0].numpy(), cmap="gray_r")
     left.axvline(27.5, color="C3")
     left.set(xticks=[], yticks=[], title="a digit, and its patches mixed")
     for shift, (title, found) in enumerate({"whole": whole, "mixed": parts}.items()):

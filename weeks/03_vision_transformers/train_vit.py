@@ -108,10 +108,10 @@ def draw(results: dict[str, dict[str, Float[Tensor, " seed"]]], chances: dict[st
     figure, panels = plt.subplots(1, len(results), figsize=(5.5 * len(results), 4), squeeze=False)
     for axes, (data, found) in zip(panels[0], results.items(), strict=True):
         for place, right in enumerate(found.values()):
-            spread = right.std().item() if len(right) > 1 else 0.0
-            axes.bar(place, right.mean(), yerr=spread, capsize=6, color=f"C{place}", alpha=0.6)
-            axes.plot([place] * len(right), right, "k.", alpha=0.6)
-            axes.annotate(f"{right.mean():.1%}", (place, 0.03), ha="center")
+            mean, spread = right.mean().item(), right.std(correction=min(1, len(right) - 1)).item()
+            axes.bar(place, mean, yerr=spread, capsize=6, color=f"C{place}", alpha=0.6)
+            axes.plot([place] * len(right), right.tolist(), "k.", alpha=0.6)
+            axes.annotate(f"{mean:.1%}", (place, 0.03), ha="center")
         axes.axhline(chances[data], color="black", linestyle=":", label="the commonest class")
         axes.set_xticks(range(len(found)), [title.replace(" net", "\nnet") for title in found])
         axes.set(title=NAMES[data], ylabel="test pictures named", ylim=(0, 1.02))

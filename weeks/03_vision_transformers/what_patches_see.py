@@ -71,13 +71,15 @@ def draw_maps(pixels: Tensor, rollout: Tensor, heads: Tensor, label: str) -> Non
     )
     figure.set_label(label)
     for row, picture in enumerate(pixels):
-        paper = (1 - picture).permute(1, 2, 0).expand(-1, -1, 3)
+        paper = (1 - picture).permute(1, 2, 0).expand(-1, -1, 3).numpy()
         grid[row, 0].imshow(paper)
         for axes, patches in zip(grid[row, 1:], (rollout[row], *heads[row]), strict=True):
             side = round(len(patches) ** 0.5)
-            map_of = interpolate(patches.view(1, 1, side, side), picture.shape[1:])[0, 0]
+            square = patches.view(1, 1, side, side)
             axes.imshow(paper.mean(-1), cmap="gray", alpha=0.35)
-            axes.imshow(map_of, cmap="magma", alpha=0.75)
+            axes.imshow(
+                interpolate(square, picture.shape[1:])[0, 0].numpy(), cmap="magma", alpha=0.75
+            )
     for axes, title in zip(
         grid[0], ("picture", "rollout", *(f"head {i}" for i in range(columns - 2))), strict=True
     ):
@@ -93,7 +95,7 @@ def draw_positions(alike: Float[Tensor, "patch other"]) -> None:
     figure, grid = plt.subplots(side, side, figsize=(7.6, 7))
     figure.set_label("positions")
     for axes, row in zip(grid.flat, alike, strict=True):
-        image = axes.imshow(row.view(side, side), vmin=-1, vmax=1, cmap="coolwarm")
+        image = axes.imshow(row.view(side, side).numpy(), vmin=-1, vmax=1, cmap="coolwarm")
         axes.set(xticks=[], yticks=[])
     figure.colorbar(image, ax=grid, shrink=0.7, label="cosine")
     figure.suptitle("Learned positions: each small map is one place against all")

@@ -34,7 +34,7 @@ from implementations.lab.script import run
 
 MEASURES = ("alignment", "uniformity", "accuracy")
 SHAPE = {"width": 48, "layers": 2, "dim": 32}
-SHEER = 1 << 20  # a step that training never reaches: views of the test
+NEVER_TRAINED = 1 << 20  # a step: views that no training has seen
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def measured(config: SimCLRConfig) -> tuple[float, float, float]:
     train, test = split_pictures(count=config.pictures)
     shown, asked = as_floats(train), as_floats(test)
     with torch.no_grad():
-        views = [model(x) for x in two_views(asked, STRONG, seed=0, step=SHEER)]
+        views = [model(x) for x in two_views(asked, STRONG, seed=0, step=NEVER_TRAINED)]
         features = [model.features(x) for x in (shown, asked)]
         whole = model(asked)
     score = nearest_neighbours(features[0], train.category, features[1], test.category)

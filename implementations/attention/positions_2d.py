@@ -109,7 +109,7 @@ def check_quarters(dim: int) -> None:
 class GridAttention(MultiHeadAttention):
     """Multi-head self-attention of patches, with rotary positions where coordinates are given.
 
-    Tokens before the patches (a class token, registers) stand nowhere and are not turned.
+    Tokens before the patches (a class token, registers) are not turned.
     """
 
     def forward(

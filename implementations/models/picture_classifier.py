@@ -56,7 +56,7 @@ class ClassifierConfig:
     size: int = 28
     """pixels of a picture's side"""
     model: Literal["vision_transformer", "convolutional"] = "vision_transformer"
-    patch: int = 4
+    patch: int = 7
     width: int = 64
     layers: int = 4
     heads: int = 4
@@ -67,7 +67,7 @@ class ClassifierConfig:
     shuffled: bool = False
     """all pictures' patches in one other order, the same for all"""
     augmented: bool = True
-    steps: int = 6000
+    steps: int = 8000
     batch: int = 32
     learning_rate: float = 1.5e-3
     seed: int = 0
@@ -187,7 +187,7 @@ def accuracy(config: ClassifierConfig, model: nn.Module, part: Labelled) -> floa
 
 
 def main() -> None:
-    config = ClassifierConfig(patch=7, layers=2, width=32, hidden=64, steps=300)
+    config = ClassifierConfig(layers=2, width=32, hidden=64, steps=300)
     trained = train_or_load(config)
     _, test = pictures(config)
     print(f"MNIST-5k in 16 patches of 7 x 7, {config.steps} steps of {config.batch} digits")

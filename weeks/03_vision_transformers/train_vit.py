@@ -32,7 +32,7 @@ from implementations.models.picture_classifier import (
 )
 
 NAMES = {"mnist_5k": "MNIST-5k", "openmoji": "OpenMoji"}
-SIZES = {"mnist_5k": 28, "openmoji": 32}
+SIZES = {"mnist_5k": (28, 7), "openmoji": (32, 4)}  # of a picture, of a patch
 KINDS = {"vision_transformer": "transformer", "convolutional": "convolutional network"}
 
 
@@ -44,7 +44,7 @@ class Config:
     """what to learn"""
     seeds: int = 3
     """how often each network is trained"""
-    digit_steps: int = 6000
+    digit_steps: int = 8000
     """training steps of 32 pictures of the transformer on the digits"""
     emoji_steps: int = 2000
     """the same on OpenMoji"""
@@ -56,7 +56,8 @@ class Config:
 def settings(config: Config, data: str, kind: str) -> ClassifierConfig:
     steps = {"mnist_5k": config.digit_steps, "openmoji": config.emoji_steps}[data]
     steps = config.convolutional_steps if kind == "convolutional" else steps
-    return ClassifierConfig(data=data, size=SIZES[data], model=kind, steps=steps)
+    size, patch = SIZES[data]
+    return ClassifierConfig(data=data, size=size, patch=patch, model=kind, steps=steps)
 
 
 def commonest(known: Labelled, test: Labelled) -> float:

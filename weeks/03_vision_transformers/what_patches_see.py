@@ -105,7 +105,12 @@ def main(config: Config) -> list[Finding]:
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     size = 32 if config.data == "openmoji" else 28
     settings = ClassifierConfig(
-        data=config.data, size=size, position="learned", pooling="class", steps=config.steps
+        data=config.data,
+        size=size,
+        patch=4,
+        position="learned",
+        pooling="class",
+        steps=config.steps,
     )
     model = train_or_load(settings, config.device).model.cpu()
     _, test = pictures(settings)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 
-def patch_grid(pixels: Shaped[Tensor, "*batch channel row column"], size: int) -> tuple[int, int]:
+def patch_grid(height: int, width: int, size: int) -> tuple[int, int]:
     """How many patches stand above each other and beside each other.
 
     Raises:
@@ -25,7 +25,6 @@ def patch_grid(pixels: Shaped[Tensor, "*batch channel row column"], size: int) -
     """
     if size < 1:
         raise ValueError(f"a patch is at least one pixel wide, got {size}")
-    height, width = pixels.shape[-2:]
     if height % size or width % size or not height * width:
         raise ValueError(f"patches of {size} do not tile a picture of {height} x {width} pixels")
     return height // size, width // size
@@ -39,7 +38,7 @@ def split_patches(
     Raises:
         ValueError: as `patch_grid`.
     """
-    patch_grid(pixels, size)
+    patch_grid(*pixels.shape[-2:], size)
     pattern = "... channel (row y) (column x) -> ... (row column) (channel y x)"
     return rearrange(pixels, pattern, y=size, x=size)
 

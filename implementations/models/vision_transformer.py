@@ -84,7 +84,7 @@ class ViTConfig:
         Raises:
             ValueError: they do not tile the picture.
         """
-        return patch_grid(torch.empty(1, self.image, self.image, device="meta"), self.patch)
+        return patch_grid(self.image, self.image, self.patch)
 
 
 class VisionTransformer(nn.Module):
@@ -119,7 +119,7 @@ class VisionTransformer(nn.Module):
     ) -> Float[Tensor, "batch token width"]:
         """What enters the first block: class token, registers, patches, with their positions."""
         patches, batch = self.patches(pixels), len(pixels)
-        where = self.positions_for(patch_grid(pixels, self.config.patch), patches)
+        where = self.positions_for(self.grid_of(pixels), patches)
         before = [] if self.class_token is None else [self.class_token.expand(batch, -1, -1)]
         if where is not None:
             patches = patches + where[:, len(before) :]
@@ -159,8 +159,10 @@ class VisionTransformer(nn.Module):
         """Where the patches stand, for rotary positions; None for the other kinds."""
         if self.config.position != "rotary":
             return None
-        grid = patch_grid(pixels, self.config.patch)
-        return grid_coordinates(grid, self.config.grid).to(pixels.device)
+        return grid_coordinates(self.grid_of(pixels), self.config.grid).to(pixels.device)
+
+    def grid_of(self, pixels: Tensor) -> tuple[int, int]:
+        return patch_grid(*pixels.shape[-2:], self.config.patch)
 
     def tokens(
         self, pixels: Float[Tensor, "batch channel row column"]

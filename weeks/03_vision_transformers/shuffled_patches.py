@@ -8,8 +8,9 @@ Second, models learn from pictures that are all mixed in one and the same way. A
 learned positions starts out knowing no order, so this one is as good as the true one. A
 convolutional network is told that neighbours belong together, and now they do not.
 
-Expected: the first is a theorem. The second holds exactly on average for the transformer, up to
-what augmentation and seeds do: a shift moves the ink of a mixed picture as before it was mixed.
+Expected: the first is a theorem. So is the second, for the transformer and in distribution: the
+places of its table are drawn alike, and pictures are moved before they are mixed, so the two orders
+differ as two seeds do.
 
 Paper   Naseer et al. 2021, arXiv:2105.10497 (answers to shuffled patches, in large models)
 Run     uv run python weeks/03_vision_transformers/shuffled_patches.py

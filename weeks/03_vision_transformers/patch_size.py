@@ -6,7 +6,8 @@ accuracy gains. A patch of 28 is the whole picture: there is nothing to attend t
 is a multilayer perceptron.
 
 Expected: n = (28 / patch)² words cost n in the linear layers and n² in attention, so halving the
-patch costs about four times as much here, where sentences are short. In pictures of digits, smaller patches should name more.
+patch costs about four times as much here, where sentences are short. In pictures of digits, smaller
+patches should name more.
 
 Paper   Dosovitskiy et al. 2020, arXiv:2010.11929, section 4.1: cost is inverse to the square of the
         patch; Beyer et al. 2022, arXiv:2212.08013 (one model, all patch sizes)

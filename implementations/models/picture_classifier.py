@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -90,12 +90,16 @@ def pictures(config: ClassifierConfig) -> tuple[Labelled, Labelled]:
         raise ValueError(
             f"sets are {', '.join(MOVES)}, sizes 8 to 256, got {config.data!r} at {config.size}"
         )
-    if config.data == "openmoji":
-        parts = openmoji(config.size).split()
+    return drawn(config.data, config.size)
+
+
+@cache
+def drawn(data: str, size: int) -> tuple[Labelled, Labelled]:
+    """Kept, because a script asks for the same pictures with every model."""
+    if data == "openmoji":
+        parts = openmoji(size).split()
         return tuple(Labelled(1 - part.pixels.float() / 255, part.category) for part in parts)
-    resize = partial(
-        interpolate, size=config.size, mode="bilinear", antialias=True, align_corners=False
-    )
+    resize = partial(interpolate, size=size, mode="bilinear", antialias=True, align_corners=False)
     parts = mnist_5k().split()
     return tuple(Labelled(resize(part.pixels.float() / 255), part.labels) for part in parts)
 

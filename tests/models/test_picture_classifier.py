@@ -150,4 +150,5 @@ def test_paper_is_black_for_emoji_too(monkeypatch):
 
     monkeypatch.setattr(classifier, "openmoji", lambda size: Emoji())
     known, _ = pictures(replace(TINY, data="openmoji"))
+    classifier.drawn.cache_clear()
     assert known.pixels.flatten().tolist() == [0.0, 1.0]

@@ -30,16 +30,10 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def found(inputs, tmp_path_factory):
-    """What two gloo processes made of the halves, both started once."""
+    """What two gloo processes made of the halves, started once for all tests."""
     folder = tmp_path_factory.mktemp("shards")
     torch.save(inputs, folder / "inputs.pt")
-    command = [sys.executable, "-P", str(SHARDS), str(folder)]
-    running = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
-    try:
-        assert [process.wait(timeout=110) for process in running] == [0, 0]
-    finally:
-        for process in running:
-            process.kill()
+    subprocess.run([sys.executable, "-P", str(SHARDS), str(folder)], check=True, timeout=110)
     return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -21,12 +21,7 @@ import torch
 from torch import Tensor
 
 from implementations.contrastive.clip import CLIP
-from implementations.contrastive.named_pictures import (
-    Reader,
-    as_floats,
-    check_apart,
-    split_pictures,
-)
+from implementations.contrastive.named_pictures import Reader, as_floats, split_pictures
 from implementations.contrastive.retrieval import ranks, recall
 from implementations.contrastive.trained import CLIPConfig, reader, train_or_load
 from implementations.lab.findings import Finding, at_least
@@ -56,6 +51,10 @@ class Config:
     """updates of each model"""
     batch: int = 128
     """pairs of a batch"""
+    width: int = 64
+    """of the towers"""
+    layers: int = 4
+    """blocks of the image tower"""
     pictures: int | None = None
     """how many there are; all unless given"""
     sharp: int = 72
@@ -71,15 +70,14 @@ def search(model: CLIP, read: Reader, images: Tensor, queries: tuple[str, ...]) 
 def main(config: Config) -> list[Finding]:
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     sizes = {"steps": config.steps, "batch": config.batch, "pictures": config.pictures}
-    if config.pictures is not None:  # --quick
-        sizes |= {"width": 16, "layers": 1}
+    sizes |= {"width": config.width, "layers": config.layers}
     towers = {
         "MiniLM, which read English": CLIPConfig(**sizes),
         "from scratch, on all five": CLIPConfig(
             **sizes, text="scratch", languages=tuple(LANGUAGES)
         ),
     }
-    train, test = split_pictures(count=config.pictures)
+    _, test = split_pictures(count=config.pictures)
     found: dict[str, list[float]] = {}
     for title, tower in towers.items():
         read = reader(tower)
@@ -91,7 +89,6 @@ def main(config: Config) -> list[Finding]:
                 found.setdefault(title, []).append(recall(ranks(scores), 10))
         if tower.text == "minilm":
             best = search(model, read, images, config.queries)
-    check_apart(train, test)
     contact_sheet(test, best[:, : config.shown], config)
     chance = 10 / len(test.codes)
     draw(found, chance)
@@ -113,15 +110,14 @@ def contact_sheet(test: OpenMoji, best: Tensor, config: Config) -> None:
     sharp = openmoji(config.sharp)
     where = {code: row for row, code in enumerate(sharp.codes)}
     rows, columns = best.shape
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(columns, 1.3 * rows), squeeze=False, label="openmoji"
-    )
+    size = (columns, 1.3 * rows)
+    figure, grid = plt.subplots(rows, columns, squeeze=False, num="openmoji", figsize=size)
     for query, row, line in zip(config.queries, best.tolist(), grid, strict=True):
         line[0].set_title(f'"{query}"', loc="left", fontsize=11)
         for picture, axes in zip(row, line, strict=True):
             axes.imshow(sharp.pixels[where[test.codes[picture]]].permute(1, 2, 0))
             axes.axis("off")
-    figure.text(0.5, 0.04, "Emoji: OpenMoji, CC BY-SA 4.0", ha="center", fontsize=8)
+    figure.text(0.5, 0.05, "Emoji: OpenMoji, CC BY-SA 4.0", ha="center", fontsize=8)
 
 
 def draw(found: dict[str, list[float]], chance: float) -> None:
@@ -138,5 +134,6 @@ def draw(found: dict[str, list[float]], chance: float) -> None:
 
 
 if __name__ == "__main__":
-    quick = Config(steps=4, batch=16, pictures=60, sharp=32, shown=4, queries=QUERIES[:2])
+    small = {"pictures": 60, "width": 16, "layers": 1, "sharp": 32, "shown": 4}
+    quick = Config(steps=4, batch=16, queries=QUERIES[:2], **small)
     run(main, Config(), quick=quick)

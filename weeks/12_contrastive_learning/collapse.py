@@ -21,13 +21,13 @@ from functools import partial
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from implementations.contrastive.geometry import effective_rank
 from implementations.contrastive.info_nce import nt_xent
 from implementations.contrastive.named_pictures import as_floats, split_pictures
 from implementations.contrastive.probes import nearest_neighbours
-from implementations.contrastive.simclr import SimCLR, view_loss
+from implementations.contrastive.simclr import PairLoss, SimCLR, view_loss
 from implementations.contrastive.trained import SimCLRConfig, batches, untrained
 from implementations.contrastive.without_negatives import (
     SimSiam,
@@ -39,14 +39,19 @@ from implementations.lab.script import run
 from implementations.training.fit import fit
 
 DIM = 32
-LOSSES: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
+LOSSES: dict[str, Callable[[], PairLoss]] = {
     "agreement alone": lambda: positives_only,
     "SimSiam, no stop": lambda: SimSiam(DIM, DIM // 2, stop=False),
     "SimSiam": lambda: SimSiam(DIM, DIM // 2),
     "InfoNCE": lambda: partial(nt_xent, temperature=0.2),
     "agreement and uniformity": lambda: align_and_spread,
 }
-COLLAPSE, SPREAD = LOSSES.keys() & {"agreement alone", "SimSiam, no stop"}, 4.0
+RULES = {
+    "agreement alone": (at_most(1.5), "Chen & He 2020, figure 2"),
+    "SimSiam, no stop": (at_most(1.5), "Chen & He 2020, figure 2"),
+    "InfoNCE": (at_least(4.0), "Wang & Isola 2020"),
+    "agreement and uniformity": (at_least(4.0), "Wang & Isola 2020"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,75 +70,65 @@ class Config:
     """how many there are; all unless given"""
 
 
-class Watched(nn.Module):
-    """A model and its loss, whose predictor is trained too."""
-
-    def __init__(self, model: SimCLR, loss: Callable[[Tensor, Tensor], Tensor]):
-        super().__init__()
-        self.model, self.loss = model, loss
+def trained(
+    make: Callable[[], PairLoss], config: Config, seed: int, watch: Callable[[SimCLR], None]
+) -> SimCLR:
+    """One model, shown to `watch` at the start, at the end and in between."""
+    sizes = {"width": 48, "layers": 2, "dim": DIM, "pictures": config.pictures}
+    plan = SimCLRConfig(**sizes, batch=config.batch, steps=config.steps, seed=seed)
+    both = nn.ModuleDict({"model": untrained(plan)})
+    loss = make()
+    if isinstance(loss, nn.Module):
+        both["loss"] = loss  # SimSiam's predictor is trained too
+    every = max(1, config.steps // config.points)
+    fit(
+        both,
+        batches(plan, None),
+        lambda both, batch: view_loss(both["model"], batch, loss),
+        steps=config.steps,
+        learning_rate=2e-3,
+        watch=lambda step: None if step % every else watch(both["model"]),
+    )
+    return both["model"]
 
 
 def main(config: Config) -> list[Finding]:
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     train, test = split_pictures(count=config.pictures)
     shown, asked = as_floats(train), as_floats(test)
-    every = max(1, config.steps // config.points)
-    curves: dict[str, list[list[float]]] = {name: [] for name in LOSSES}
-    scores: dict[str, list[float]] = {name: [] for name in LOSSES}
+    curves, findings = {}, []
     for name, make in LOSSES.items():
+        curves[name], right = [], []
         for seed in range(config.seeds):
-            sizes = {"width": 48, "layers": 2, "dim": DIM, "pictures": config.pictures}
-            plan = SimCLRConfig(**sizes, batch=config.batch, steps=config.steps, seed=seed)
-            watched, curve = Watched(untrained(plan), make()), []
-            model = watched.model
+            curves[name].append(curve := [])
 
-            def watch(step: int, model: SimCLR = model, curve: list[float] = curve) -> None:
-                if step % every == 0:
-                    with torch.no_grad():
-                        curve.append(effective_rank(model(asked)))
+            @torch.no_grad()
+            def watch(model: SimCLR, curve: list[float] = curve) -> None:
+                curve.append(effective_rank(model(asked)))
 
-            fit(
-                watched,
-                batches(plan, None),
-                lambda both, batch: view_loss(both.model, batch, both.loss),
-                steps=config.steps,
-                learning_rate=2e-3,
-                watch=watch,
-                title=name,
-            )
+            model = trained(make, config, seed, watch)
             with torch.no_grad():
-                features = [model.features(x) for x in (shown, asked)]
-            curves[name].append(curve)
-            scores[name].append(
-                nearest_neighbours(features[0], train.category, features[1], test.category)
-            )
-    draw(curves, every)
-    findings = []
-    for name in LOSSES:
+                known, unknown = model.features(shown), model.features(asked)
+            right.append(nearest_neighbours(known, train.category, unknown, test.category))
         last = np.array(curves[name])[:, -1]
         noise = {"spread": last.std(ddof=1).item()} if len(last) > 1 else {}
-        rule, source = None, ""
-        if config.steps >= 100:  # a few steps promise nothing
-            rule = at_most(1.5) if name in COLLAPSE else at_least(SPREAD)
-            rule = None if name == "SimSiam" else rule
-            source = "Chen & He 2020, figure 2" if name in COLLAPSE else "Wang & Isola 2020"
-        source = source if rule else ""
+        rule, source = RULES.get(name, (None, ""))
+        if config.steps < 100:  # a few steps promise nothing
+            rule, source = None, ""
+        noise |= {"seeds": len(last), "expected": rule, "source": source}
         claim = f"{name}: effective rank of {DIM}"
-        value = last.mean().item()
-        findings.append(
-            Finding(claim, value, expected=rule, seeds=len(last), source=source, **noise)
-        )
-        findings.append(Finding(f"{name}: neighbours right", float(np.mean(scores[name]))))
+        findings.append(Finding(claim, last.mean().item(), **noise))
+        findings.append(Finding(f"{name}: neighbours right", float(np.mean(right))))
+    draw(curves, config.steps)
     common = torch.bincount(test.category).max().item() / len(test.codes)
     return [*findings, Finding("the commonest category", common)]
 
 
-def draw(curves: dict[str, list[list[float]]], every: int) -> None:
+def draw(curves: dict[str, list[list[float]]], steps: int) -> None:
     """Effective rank while training, a line for each seed."""
     _, axes = plt.subplots(figsize=(8.5, 4.4), layout="constrained")
     for colour, (name, ranks) in zip(("C3", "C1", "C4", "C0", "C2"), curves.items(), strict=True):
-        steps = every * np.arange(len(ranks[0]))
-        axes.plot(steps, np.array(ranks).T, ".-", color=colour)
+        axes.plot(np.linspace(0, steps, len(ranks[0])), np.array(ranks).T, ".-", color=colour)
         axes.lines[-1].set_label(name)
     axes.axhline(1, color="black", linestyle=":")
     axes.set(xlabel="step", ylabel=f"effective rank, of {DIM}", yscale="log")

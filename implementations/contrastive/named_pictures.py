@@ -31,12 +31,11 @@ Reader = Callable[[Sequence[str]], Tensor]
 MERGES, LONGEST = 600, 24  # byte pairs that are learned, and tokens of a name that are read
 AT_ONCE = 64  # names in a batch of MiniLM's
 
+read_once = cache(openmoji)  # the catalogue and 14 languages take half a second
 
-@cache  # the catalogue and the names in 14 languages take half a second to read
+
 def split_pictures(size: int = 32, count: int | None = None) -> tuple[OpenMoji, OpenMoji]:
     """OpenMoji's training pictures, and of its test pictures the first of each family.
-
-    The tensors are shared by all callers: to be read, not written.
 
     Args:
         count: about so many of both together, evenly over the catalogue; all unless given.
@@ -44,7 +43,7 @@ def split_pictures(size: int = 32, count: int | None = None) -> tuple[OpenMoji, 
     Raises:
         ValueError: fewer pictures than can be split, or `check_apart`'s.
     """
-    emoji = openmoji(size)
+    emoji = read_once(size)
     if count is not None:
         if not 20 <= count <= len(emoji.codes):
             raise ValueError(f"from 20 to {len(emoji.codes)} pictures can be split, got {count}")

@@ -1,9 +1,10 @@
 """One model, two vocabularies: our parameter names and those of published checkpoints.
 
 A table maps our prefix to theirs, `{layer}` standing for a block's number; weight and bias keep
-their names:
+their names. A parameter that is neither stands with its whole name:
 
     {"blocks.{layer}.attention.query": "encoder.layer.{layer}.attention.self.query"}
+    {"class_token": "embeddings.cls_token"}
 
 Run     uv run python implementations/models/parameter_names.py
 """
@@ -16,6 +17,8 @@ from torch import Tensor
 
 def published_name(ours: str, table: Mapping[str, str]) -> str:
     """The published name of one of our parameters; KeyError when the table lacks it."""
+    if ours in table:
+        return table[ours]
     prefix, _, kind = ours.rpartition(".")
     layer = re.search(r"(?<=\.)\d+(?=\.)", f"{prefix}.")
     pattern = prefix.replace(f".{layer[0]}", ".{layer}", 1) if layer else prefix

@@ -420,12 +420,13 @@ def test_inductors_code_trains_the_same(tiny, batches, config, tmp_path, uncheck
 def test_on_a_gpu_a_resumed_run_ends_with_the_same_bits(tiny, batches, config, tmp_path):
     """Fused AdamW, bfloat16, and dropout that draws from the GPU's own generator."""
     settings = config(bfloat16=True, micro_batches=2)
-    whole, resumed = tiny().cuda(), tiny(seed=99).cuda()
+    # Made before the seeds are set: tiny() seeds the GPU's generator too.
+    whole, stopped, resumed = tiny().cuda(), tiny().cuda(), tiny(seed=99).cuda()
     torch.cuda.manual_seed(1)
     train(whole, batches, settings, tmp_path / "whole")
     torch.cuda.manual_seed(1)
     with pytest.raises(Stop):
-        train(tiny().cuda(), batches, settings, tmp_path / "a", loss=stopping(26, fail))
+        train(stopped, batches, settings, tmp_path / "a", loss=stopping(26, fail))
     torch.rand(7, device="cuda")
     assert train(resumed, batches, settings, tmp_path / "a").resumed_from == 10
     assert same_weights(resumed, whole)

@@ -34,9 +34,11 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SERVER = Path(__file__).with_name("fault_server.py")
-# 8.6 s to import on two cores, once; most tests would pay for most of them again in each fault.
+# 15 s of one core, once a worker; most tests would pay for most of them again in each fault.
+# Not blackjax: it uses JAX while it is imported, which would fix the number of host devices.
 IMPORTS = ["torch", "torch._dynamo", "jax", "numpyro", "beartype", "hypothesis", "einops"]
-IMPORTS += ["matplotlib.figure", "safetensors.torch", "transformers", "tyro"]
+IMPORTS += ["matplotlib.pyplot", "safetensors.torch", "transformers", "tyro", "sybil", "gguf"]
+IMPORTS += ["transformers.models.llama.modeling_llama", "scipy.stats", "sklearn.datasets", "arviz"]
 PATIENCE = 120.0  # seconds for a run that is not declared to hang
 
 

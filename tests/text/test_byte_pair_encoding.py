@@ -5,6 +5,7 @@ import random
 import time
 import unicodedata
 
+import numpy as np
 import pytest
 import regex
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -141,7 +142,7 @@ def test_encodes_every_character_as_the_library(ours, theirs):
 def test_a_million_letters_as_the_library(ours, theirs):
     """A quarter of the Bible in one piece."""
     text = "\n".join(bible_verses("web").values())[:1_000_000]
-    assert ours.encode(text) == theirs.encode(text).ids
+    assert np.array_equal(ours.encode(text), theirs.encode(text).ids)
     assert ours.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
 
 
@@ -191,9 +192,11 @@ def test_learns_the_librarys_merges_from_the_bible():
     assert time.process_time() - started < 5
     model = trained_by_the_library(text, 4096)
     merges = [(unspelled(a), unspelled(b)) for a, b in model["merges"]]
-    assert learned.merges == merges
-    assert {spelled(token): i for i, token in enumerate(learned.tokens)} == model["vocab"]
-    assert learned.decode(learned.encode(text)) == text
+    assert not [pair for pair in zip(learned.merges, merges, strict=True) if pair[0] != pair[1]]
+    ids = {spelled(token): i for i, token in enumerate(learned.tokens)}
+    assert not ids.items() ^ model["vocab"].items()
+    spelled_back = learned.decode(learned.encode(text)) == text  # pytest explains no truth value
+    assert spelled_back
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -257,7 +260,7 @@ def test_a_long_run_takes_seconds(ours, theirs, text):
     started = time.process_time()
     ids = ours.encode(text)
     assert time.process_time() - started < 5
-    assert ids == theirs.encode(text).ids
+    assert np.array_equal(ids, theirs.encode(text).ids)
 
 
 def test_special_tokens(ours, theirs):
@@ -336,7 +339,8 @@ def test_saved_and_loaded(ours, tmp_path):
     verses = " ".join(list(bible_verses("web").values())[:300])
     for encoding in (ours, train(verses, 200, special=["<|end|>"], pieces=GPT2_PIECES)):
         again = BytePairEncoding.load(encoding.save(tmp_path / "encoding.json"))
-        assert (again.tokens, again.merges) == (encoding.tokens, encoding.merges)
+        assert not [a for a, b in zip(again.tokens, encoding.tokens, strict=True) if a != b]
+        assert not [a for a, b in zip(again.merges, encoding.merges, strict=True) if a != b]
         assert (again.special, again.pieces.pattern) == (encoding.special, encoding.pieces.pattern)
         text = "In 2026,  the\n beginning <|end|>"
         assert again.encode(text) == encoding.encode(text)

@@ -107,7 +107,7 @@ def attend(
     """Fold the keys start .. stop - 1 into output, maximum and sum of a tile of queries."""
     for first in tl.range(start, stop, KEYS):
         k = key.load([batch, head, first, 0]).reshape(KEYS, DIM)
-        scores = tl.dot(q, k.T, input_precision="ieee")
+        scores = tl.dot(q, k.T, input_precision="ieee", out_dtype=o.dtype)
         if MASKED:
             column = first + tl.arange(0, KEYS)
             visible = sees(position[:, None], column[None, :], keys, window, CAUSAL, WINDOW)
@@ -117,7 +117,7 @@ def attend(
         shrink = tl.exp2(peak - new_peak)
         mass = mass * shrink + tl.sum(p, 1)
         v = value.load([batch, head, first, 0]).reshape(KEYS, DIM)
-        o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
+        o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee", out_dtype=o.dtype)
         peak = new_peak
     return o, peak, mass
 
@@ -196,14 +196,16 @@ def gather(
         row = first + tl.arange(0, QUERIES)
         q = query.load([batch, head, first, 0]).reshape(QUERIES, DIM)
         total, less = load_sums(log_sum_exp, delta, row, queries)
-        p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * SCALE - total[None, :])
+        p = tl.exp2(
+            tl.dot(k, q.T, input_precision="ieee", out_dtype=dk.dtype) * SCALE - total[None, :]
+        )
         if MASKED:
             position = row[None, :] + shift
             p = tl.where(sees(position, column[:, None], keys, window, CAUSAL, WINDOW), p, 0.0)
         do = d_output.load([batch, head, first, 0]).reshape(QUERIES, DIM)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, do.T, input_precision="ieee") - less[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee", out_dtype=dk.dtype)
+        ds = p * (tl.dot(v, do.T, input_precision="ieee", out_dtype=dk.dtype) - less[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee", out_dtype=dk.dtype)
     return dk, dv
 
 
@@ -248,12 +250,14 @@ def answer(
     for first in tl.range(start, stop, KEYS):
         k = key.load([batch, head, first, 0]).reshape(KEYS, DIM)
         v = value.load([batch, head, first, 0]).reshape(KEYS, DIM)
-        p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * SCALE - total[:, None])
+        p = tl.exp2(
+            tl.dot(q, k.T, input_precision="ieee", out_dtype=dq.dtype) * SCALE - total[:, None]
+        )
         if MASKED:
             column = first + tl.arange(0, KEYS)[None, :]
             p = tl.where(sees(position[:, None], column, keys, window, CAUSAL, WINDOW), p, 0.0)
-        ds = p * (tl.dot(do, v.T, input_precision="ieee") - less[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        ds = p * (tl.dot(do, v.T, input_precision="ieee", out_dtype=dq.dtype) - less[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee", out_dtype=dq.dtype)
     return dq
 
 

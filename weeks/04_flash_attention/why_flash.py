@@ -47,7 +47,7 @@ class Config:
     """rows of a tile where bytes are counted by length"""
     tiles: tuple[int, ...] = (16, 32, 64, 128)
     """rows of a tile where bytes are counted by small memory"""
-    memory: int = 32
+    memory: int = 8
     """MiB that the longest text may take, forward and backward"""
     roof_length: int = 1024
     """tokens where speed is measured"""
@@ -274,5 +274,12 @@ def main(config: Config) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    quick = Config(lengths=(256, 512, 1024), memory=2, roof_length=256, rate_size=256, rounds=3)
+    quick = Config(
+        lengths=(256, 512, 1024),
+        tiles=(32, 64, 128),
+        memory=2,
+        roof_length=256,
+        rate_size=256,
+        rounds=3,
+    )
     run(main, Config(), quick=quick)

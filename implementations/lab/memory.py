@@ -6,6 +6,11 @@ On a GPU the allocator keeps this count itself. On a CPU every operation is inte
 of what it returns is added when it is new and subtracted when Python lets it go. Scratch space
 inside an operation is not seen.
 
+    moved = Σ over operations of the bytes of what each reads and of what it writes
+
+Operations that only look at their input in another shape move nothing. Nothing stays in a cache
+between two operations: this is the traffic of large matrices.
+
 Run     uv run python implementations/lab/memory.py
 """
 
@@ -71,6 +76,29 @@ def peak_bytes(function: Callable, *inputs: Tensor) -> int:
     return peak
 
 
+class CountMoves(TorchDispatchMode):
+    """Keeps `moved`, the bytes read and written by the operations inside the `with` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            tensors = (x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor))
+            # An expanded tensor is read as often as it is used, but lies in memory once.
+            self.moved += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
+        return result
+
+
+def moved_bytes(function: Callable, *inputs: Tensor) -> int:
+    """The bytes that one call's operations read and write, each on its own."""
+    with CountMoves() as count:
+        function(*inputs)
+    return count.moved
+
+
 def main() -> None:
     x = torch.randn(1000, 1000)
     for name, function in {
@@ -79,7 +107,8 @@ def main() -> None:
         "(x + 1).mul_(2)": lambda x: (x + 1).mul_(2),
         "x.T": lambda x: x.T,
     }.items():
-        print(f"  {name:16} holds {peak_bytes(function, x) / 4e6:.0f} times the memory of x")
+        held, moved = peak_bytes(function, x) / 4e6, moved_bytes(function, x) / 4e6
+        print(f"  {name:16} holds {held:.0f} times the memory of x and moves {moved:.0f} times")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Peak memory on calls whose answer is known by counting."""
+"""Peak memory and bytes moved on calls whose answer is known by counting."""
 
 import pytest
 import torch
 
-from implementations.lab.memory import peak_bytes
+from implementations.lab.memory import moved_bytes, peak_bytes
 
 WEIGHT = torch.randn(1000)
 SIZE = 1000 * 4  # bytes of one float32 vector of 1,000
@@ -27,6 +27,24 @@ SIZE = 1000 * 4  # bytes of one float32 vector of 1,000
 )
 def test_peak_by_counting(function, vectors):
     assert peak_bytes(function, torch.randn(1000)) == vectors * SIZE
+
+
+@pytest.mark.parametrize(
+    "function, vectors",
+    [
+        (lambda x: x + 1, 2),
+        (lambda x: (x + 1) * 2, 4),
+        (lambda x: x * x, 3),  # each operand is read
+        (lambda x: (x + 1).mul_(2), 4),
+        (lambda x: x.view(10, 100).T, 0),  # a view moves nothing
+        (lambda x: x.expand(7, 1000) + 1, 1 + 7),  # and an expanded vector lies there once
+        (lambda x: x.view(10, 100).mT.contiguous(), 2),
+        (lambda x: x[:500] + 1, 1),
+        (lambda x: x.view(10, 100) @ x.view(100, 10), 2 + 0.1),
+    ],
+)
+def test_moves_by_counting(function, vectors):
+    assert moved_bytes(function, torch.randn(1000)) == vectors * SIZE
 
 
 @pytest.mark.cuda

@@ -23,6 +23,7 @@ Run     uv run python implementations/attention/flash_triton.py
 
 import math
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from implementations.attention.flash import check_flash_inputs
+from implementations.lab.ahead_of_time import Variant
 
 DIMS = (16, 32, 64, 80, 96, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -553,6 +555,46 @@ def check_kernel_inputs(query: Tensor, value: Tensor, scale: float) -> None:
         raise ValueError(f"the kernels run on a CUDA GPU, got {query.device}: {advice}")
     if interpreted and query.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter cannot multiply bfloat16: use another dtype")
+
+
+def variants() -> Iterator[Variant]:
+    """The kernels as they are launched for the usual models, and where they are most strained.
+
+    The tiles are Hopper's: on an A100 they compile and are right, and spill more.
+    """
+    h100, a100 = (90,), (80,)
+    yield variant(forward_kernel, forward_tiles(128, 2, 1024), 128, True, False, h100)
+    yield variant(forward_kernel, forward_tiles(128, 2, 16384), 128, False, False, h100)
+    yield variant(forward_kernel, forward_tiles(64, 2, 1024), 64, True, True, h100)
+    yield variant(forward_kernel, forward_tiles(256, 2, 1024), 256, True, False, h100)
+    yield variant(forward_kernel, forward_tiles(64, 2, 1024), 64, False, False, a100, 256)
+    yield variant(key_kernel, key_tiles(128, 2), 128, True, False, h100, 256)
+    yield variant(key_kernel, key_tiles(64, 2), 64, True, True, h100, 256)
+    yield variant(query_kernel, query_tiles(128, 2), 128, True, False, h100)
+    yield variant(query_kernel, query_tiles(64, 2), 64, False, False, a100, 64)
+    delta = Tiles(64, 64, 4, 3)
+    yield variant(delta_kernel, delta, 128, False, False, h100)
+
+
+def variant(
+    kernel, tiles: Tiles, dim: int, causal: bool, window: bool, gpus: tuple, most_spilled: int = 0
+) -> Variant:
+    """One kernel for bfloat16, its arguments told apart by their names."""
+    per_key = ("key", "value", "d_key", "d_value")
+    types, constants = {}, {"QUERIES": tiles.queries, "KEYS": tiles.keys, "WIDE": tl.float32}
+    constants |= {"CAUSAL": causal, "WINDOW": window, "DIM": dim, "SCALE": dim**-0.5 * LOG2_E.value}
+    for name in kernel.arg_names:
+        rows = tiles.keys if name in per_key else tiles.queries
+        if name in (*per_key, "query", "output", "d_output", "d_query"):
+            types[name] = f"tensordesc<bf16[1, 1, {rows}, {dim}]>"
+        elif name in ("log_sum_exp", "delta"):
+            types[name] = "*fp32"
+        elif name not in constants:
+            types[name] = "i32"
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    label = f"{kernel.__name__}, dim {dim}, tiles {tiles.queries} x {tiles.keys}"
+    label += ", causal" * causal + ", window" * window
+    return Variant(label, kernel, types, constants, tiles.warps, tiles.stages, most_spilled, gpus)
 
 
 def main() -> None:

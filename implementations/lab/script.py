@@ -17,6 +17,7 @@ import importlib.metadata
 import inspect
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -155,8 +156,10 @@ def device_name(device: str) -> str:
 
 
 def short_name(device: str) -> str:
-    """A device's name in the name of a file: NVIDIA H200 is h200."""
-    return device_name(device).split()[-1].lower()
+    """A device's name in the name of a file: NVIDIA H100 80GB HBM3 is h100."""
+    name = device_name(device)
+    model = re.search(r"\b[A-Z]{1,2}\d+[A-Z]?\b", name)
+    return (model.group() if model else name.split()[-1]).lower()
 
 
 def commit() -> str:

@@ -234,6 +234,15 @@ def test_a_nan_in_a_key_reaches_every_query_that_sees_it():
     assert not got[0, 1, :30].isnan().any()
 
 
+def test_a_hidden_key_does_not_matter_however_large_it_is():
+    """Its score must not enter the maximum: all that is visible would vanish beside it."""
+    query, key, value = drawn(SMALL[8], torch.float32)
+    wanted = flash_attention_triton(query, key, value, causal=True)
+    key[:, :, -1] *= 1e4
+    got = flash_attention_triton(query, key, value, causal=True)
+    assert torch.equal(got[:, :, :-1], wanted[:, :, :-1])
+
+
 @numpy_warns
 def test_an_infinite_score_is_nan_and_scores_of_minus_infinity_are_zeros():
     """As in the equation: inf - inf has no value; a query that sees nothing gets zeros."""

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from implementations.lab.findings import Finding, at_least
-from implementations.lab.script import own_arguments, run
+from implementations.lab.script import own_arguments, run, short_name
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,18 @@ def test_without_record_figures_go_to_the_cache(cache, monkeypatch):
 )
 def test_the_recorded_command_says_nothing_of_where_it_wrote(given, kept):
     assert own_arguments(given) == kept
+
+
+@pytest.mark.parametrize(
+    "name, short",
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+    ],
+)
+def test_a_record_is_called_after_the_model_of_its_gpu(name, short, monkeypatch):
+    monkeypatch.setattr("implementations.lab.script.device_name", lambda device: name)
+    assert short_name("cuda") == short

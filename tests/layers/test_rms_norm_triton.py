@@ -1,0 +1,179 @@
+"""RMSNorm's kernel is the equation: in float64 to the last digits, in narrow types as exact."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not built for this platform")
+
+from implementations.lab.compare import assert_same_accuracy, assert_same_function
+from implementations.layers.rms_norm import RMSNorm, add_rms_norm_naive, rms_norm_naive
+from implementations.layers.rms_norm_triton import (
+    add_rms_norm_triton,
+    rms_norm_backward_op,
+    rms_norm_op,
+    rms_norm_triton,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+# One number, less than a tile, odd, more than 4096, more than a tile; rows that fill no tile.
+SHAPES = [(1, 1), (5000, 1), (3, 63), (3, 7, 257), (2, 4099), (7, 4096), (2, 65537)]
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple:
+    x, residual = torch.randn(2, *shape, dtype=torch.float64, device=DEVICE).to(dtype)
+    return x, residual, torch.randn(shape[-1], dtype=torch.float64, device=DEVICE).to(dtype)
+
+
+def stacked(function, epsilon: float = 1e-5):
+    """Both outputs of a sum with norm as one, for a comparison of all gradients."""
+    return lambda *inputs: torch.stack(function(*inputs, epsilon))
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 0.5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_function(shape, epsilon):
+    x, residual, scale = inputs(shape)
+    assert_same_function(
+        lambda x, scale: rms_norm_triton(x, scale, epsilon),
+        lambda x, scale: rms_norm_naive(x, scale, epsilon),
+        x,
+        scale,
+    )
+    fast, naive = stacked(add_rms_norm_triton, epsilon), stacked(add_rms_norm_naive, epsilon)
+    assert_same_function(fast, naive, x, residual, scale)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+# Not at width 1, where the gradient is a difference of equal terms and its error is luck.
+@pytest.mark.parametrize("shape", [(40, 63), (16, 257), (2, 4099)], ids=str)
+def test_same_accuracy(shape, dtype, size):
+    x, residual, scale = inputs(shape, dtype)
+    x, residual = x * size, residual * size
+    assert_same_accuracy(rms_norm_triton, rms_norm_naive, x, scale)
+    fast, naive = stacked(add_rms_norm_triton), stacked(add_rms_norm_naive)
+    assert_same_accuracy(fast, naive, x, residual, scale)
+
+
+def test_a_wide_scale_beside_narrow_rows():
+    """Under autocast the parameters stay float32."""
+    x, _, scale = inputs((8, 257), torch.float16)
+    assert_same_accuracy(rms_norm_triton, rms_norm_naive, x, scale.float())
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, 3:260],
+        lambda x: x[::2],
+        lambda x: x.T,
+        lambda x: x.reshape(4, 15, 300).transpose(0, 1),
+        lambda x: x[:1].expand(6, 300),
+    ],
+    ids=["columns", "every other row", "transposed", "axes swapped", "one row six times"],
+)
+def test_strided_rows(view):
+    whole = torch.randn(60, 300, dtype=torch.float64, device=DEVICE)
+    scale = torch.randn(2 * view(whole).shape[-1], dtype=torch.float64, device=DEVICE)
+    assert_same_function(
+        lambda whole, scale: rms_norm_triton(view(whole), scale[::2]),
+        lambda whole, scale: rms_norm_naive(view(whole), scale[::2]),
+        whole,
+        scale,
+    )
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy computes for the interpreter
+def test_a_row_of_equal_numbers_and_a_row_of_zeros():
+    x = torch.tensor([[3.0] * 7, [0.0] * 7], dtype=torch.float64, device=DEVICE)
+    got = rms_norm_triton(x, torch.ones(7, dtype=torch.float64, device=DEVICE), 0.0)
+    assert got[0].tolist() == pytest.approx([1.0] * 7)
+    got = rms_norm_triton(x, torch.ones(7, dtype=torch.float64, device=DEVICE), 1e-5)
+    assert got[1].tolist() == [0.0] * 7
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy computes for the interpreter
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_in_its_row(bad):
+    x, _, scale = inputs((9, 63), torch.float32)
+    clean = rms_norm_triton(x, scale)
+    x[4, 5] = bad
+    got, naive = rms_norm_triton(x, scale), rms_norm_naive(x, scale)
+    assert torch.equal(got.isnan(), naive.isnan())
+    others = [i for i in range(9) if i != 4]
+    assert torch.equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5)], ids=str)
+def test_no_rows(shape):
+    x, residual, scale = inputs(shape)
+    assert_same_function(
+        stacked(add_rms_norm_triton), stacked(add_rms_norm_naive), x, residual, scale
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck reads it
+def test_torch_library():
+    """Schema, fake, autograd and AOT dispatch of both operators."""
+    x, residual, scale = (value.float().requires_grad_() for value in inputs((6, 63)))
+    for added in (None, residual):
+        torch.library.opcheck(rms_norm_op, (x, added, scale, 1e-5))
+    plain = [value.detach() for value in (x, residual, x, scale, x[:, 0])]
+    torch.library.opcheck(rms_norm_backward_op, (*plain[:4], plain[4].contiguous()))
+    torch.library.opcheck(
+        rms_norm_backward_op, (plain[0], None, *plain[2:4], plain[4].contiguous())
+    )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_compiles_as_one_graph():
+    x, residual, scale = inputs((6, 63))
+    for fast in (rms_norm_triton, stacked(add_rms_norm_triton)):
+        given = (x, scale) if fast is rms_norm_triton else (x, residual, scale)
+        compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+        assert_same_function(compiled, fast, *given)
+
+
+def test_a_module_takes_it():
+    x = torch.randn(3, 63, device=DEVICE)
+    layer = RMSNorm(63, norm=rms_norm_triton).to(DEVICE)
+    torch.testing.assert_close(layer(x), RMSNorm(63).to(DEVICE)(x))
+
+
+X, SCALE = torch.ones(2, 3), torch.ones(3)
+BAD = {
+    "integers": (X.int(), SCALE, "computes with floats, got torch.int32"),
+    "complex": (X.cfloat(), SCALE, "computes with floats, got torch.complex64"),
+    "Boolean": (X.bool(), SCALE, "computes with floats, got torch.bool"),
+    "no axis": (X[0, 0], SCALE, r"at least one number, got the shape \(\)"),
+    "no channel": (X[:, :0], SCALE[:0], r"at least one number, got the shape \(2, 0\)"),
+    "scale too long": (X, torch.ones(4), r"scale needs 3 numbers, one a channel, got \(4,\)"),
+    "scale too short": (X, torch.ones(1), r"scale needs 3 numbers, one a channel, got \(1,\)"),
+    "scale a matrix": (X, torch.ones(1, 3), r"scale needs 3 numbers, .* got \(1, 3\)"),
+    "scale of integers": (X, SCALE.int(), "scale holds floats, got torch.int32"),
+    "scale elsewhere": (X, SCALE.to("meta"), "scale is on meta, x on cpu"),
+}
+RESIDUALS = {
+    "other rows": (torch.ones(1, 3), r"residual has the shape \(1, 3\), x \(2, 3\)"),
+    "other width": (torch.ones(2, 1), r"residual has the shape \(2, 1\), x \(2, 3\)"),
+    "other rank": (torch.ones(1, 2, 3), r"residual has the shape \(1, 2, 3\)"),
+    "other dtype": (X.half(), "residual is torch.float16, x torch.float32"),
+    "elsewhere": (X.to("meta"), "residual is on meta, x on cpu"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_sentence(case):
+    x, scale, sentence = BAD[case]
+    with pytest.raises(ValueError, match=sentence):
+        rms_norm_triton(x, scale)
+    with pytest.raises(ValueError, match=sentence):
+        add_rms_norm_triton(x, x, scale)
+
+
+@pytest.mark.parametrize("case", RESIDUALS)
+def test_a_bad_residual_is_a_sentence(case):
+    residual, sentence = RESIDUALS[case]
+    with pytest.raises(ValueError, match=sentence):
+        add_rms_norm_triton(X, residual, SCALE)

@@ -1,0 +1,106 @@
+"""Softmax's kernel is the equation, in one piece and online."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not built for this platform")
+
+from implementations.lab.compare import assert_same_accuracy, assert_same_function
+from implementations.layers.softmax import softmax_naive
+from implementations.layers.softmax_triton import softmax_backward_op, softmax_op, softmax_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+SHAPES = [(1, 1), (5000, 1), (3, 63), (3, 7, 257), (2, 4099), (2, 65537)]
+
+
+def random(shape: tuple[int, ...], size: float = 1.0, dtype: torch.dtype = torch.float64):
+    return (size * torch.randn(shape, dtype=torch.float64, device=DEVICE)).to(dtype)
+
+
+@pytest.mark.parametrize("size", [1e-3, 3.0, 300.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_function(shape, size):
+    """Also where exp without the maximum would overflow."""
+    assert_same_function(softmax_triton, softmax_naive, random(shape, size))
+
+
+@pytest.mark.parametrize("size", [1e-3, 3.0, 30.0])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("shape", [(40, 63), (16, 257), (4, 4099)], ids=str)
+def test_same_accuracy(shape, dtype, size):
+    """The backward pass reads the shares as they were stored, rounded, where naive has them in
+    float32: one more rounding of each share and of their product with the gradient."""
+    assert_same_accuracy(softmax_triton, softmax_naive, random(shape, size, dtype), slack=4.0)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, 3:260],
+        lambda x: x[::2],
+        lambda x: x.T,
+        lambda x: x.reshape(4, 15, 300).transpose(0, 1),
+        lambda x: x[:1].expand(6, 300),
+    ],
+    ids=["columns", "every other row", "transposed", "axes swapped", "one row six times"],
+)
+def test_strided_rows(view):
+    x = random((60, 300))
+    assert_same_function(lambda x: softmax_triton(view(x)), lambda x: softmax_naive(view(x)), x)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy computes for the interpreter
+@pytest.mark.parametrize("width", [5, 40_000])
+def test_infinities_and_nan(width):
+    """-inf is a share of zero, in the first pieces too; rows without a maximum are NaN alone."""
+    x = random((6, width))
+    x[0, : width - 2] = -torch.inf
+    x[1] = -torch.inf
+    x[2, 1], x[3, 2] = torch.inf, torch.nan
+    x[4, width - 2 :] = -torch.inf
+    got, want = softmax_triton(x), torch.softmax(x, -1)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert want.isnan().any(-1).tolist() == [False, True, True, True, False, False]
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_equal_numbers_share_alike():
+    x = torch.full((3, 257), 7.0, device=DEVICE)
+    torch.testing.assert_close(softmax_triton(x), torch.full_like(x, 1 / 257))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5)], ids=str)
+def test_no_rows(shape):
+    assert_same_function(softmax_triton, softmax_naive, random(shape))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck reads it
+def test_torch_library():
+    x = random((6, 63), dtype=torch.float32)
+    torch.library.opcheck(softmax_op, (x.requires_grad_(),))
+    torch.library.opcheck(softmax_backward_op, (random((6, 63)).float(), x.detach()))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_compiles_as_one_graph():
+    compiled = torch.compile(softmax_triton, fullgraph=True, backend="aot_eager")
+    assert_same_function(compiled, softmax_naive, random((6, 63)))
+
+
+X = torch.ones(2, 3)
+BAD = {
+    "integers": (X.int(), "computes with floats, got torch.int32"),
+    "complex": (X.cfloat(), "computes with floats, got torch.complex64"),
+    "Boolean": (X.bool(), "computes with floats, got torch.bool"),
+    "eight bits": (X.to(torch.float8_e4m3fn), "computes with floats, got torch.float8_e4m3fn"),
+    "no axis": (X[0, 0], r"at least one number, got the shape \(\)"),
+    "no channel": (X[:, :0], r"at least one number, got the shape \(2, 0\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_sentence(case):
+    x, sentence = BAD[case]
+    with pytest.raises(ValueError, match=sentence):
+        softmax_triton(x)

@@ -1,0 +1,89 @@
+"""Every kernel compiles for an A100 and an H100 without either, and spills no more than it says."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from implementations.lab.ahead_of_time import Variant, kernel_files, main, variants_of
+
+pytest.importorskip("triton", reason="Triton is not built for this platform")
+
+ROOT = Path(__file__).parents[1]
+MOST = 40  # compilations in a run of the tests: one takes about a second
+
+
+@pytest.fixture(scope="module")
+def table() -> list[list[str]]:
+    """What the script prints, in a process that has Triton's compiler and not its interpreter."""
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    command = [sys.executable, str(ROOT / "implementations/lab/ahead_of_time.py")]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return [line.split(None, 5) for line in run.stdout.splitlines()[1:]]
+
+
+@pytest.mark.parametrize("path", kernel_files(), ids=str)
+def test_compiles_and_keeps_its_numbers_in_registers(path, table):
+    own = [row for row in table if row[5].startswith(f"{path}: ")]
+    assert own, "nothing of this file was compiled"
+    for gpu, registers, spilled, allowed, _, name in own:
+        assert int(spilled) <= int(allowed), f"{name} spills {spilled} bytes on {gpu}"
+        assert 16 <= int(registers) <= 255
+
+
+def test_few_variants_with_names_of_their_own(table):
+    assert len(table) <= MOST
+    assert max(Counter((gpu, name) for gpu, *_, name in table).values()) == 1
+
+
+def test_a_kernel_that_spills_is_seen(tmp_path):
+    """512 numbers in each of 32 threads cannot stay in registers."""
+    script = tmp_path / "spills.py"
+    script.write_text(
+        """
+import triton
+import triton.language as tl
+from implementations.lab.ahead_of_time import Variant, cost
+
+@triton.jit
+def shares(x, output, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    values = tl.load(x + at)
+    tl.store(output + at, values / tl.sum(values))
+
+types = {"x": "*fp32", "output": "*fp32"}
+print(cost(Variant("small", shares, types, {"BLOCK": 1024}, warps=1), 90).spilled)
+print(cost(Variant("large", shares, types, {"BLOCK": 16384}, warps=1), 90).spilled)
+"""
+    )
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    small, large = map(int, run.stdout.split())
+    assert small == 0 < large
+
+
+def test_a_kernel_file_without_variants_is_named():
+    with pytest.raises(ValueError, match="lacks a function variants"):
+        variants_of(Path("implementations/layers/rms_norm.py"))
+
+
+def test_a_variant_names_every_argument_once():
+    from implementations.lab.ahead_of_time import cost
+    from implementations.layers.rms_norm_triton import forward_kernel
+
+    for constants in ({}, {"x": 1}):
+        types = dict.fromkeys(forward_kernel.arg_names[:-1], "i32")
+        with pytest.raises(ValueError, match="no type, or two, for"):
+            cost(Variant("wrong", forward_kernel, types, constants), 90)
+
+
+def test_the_interpreter_compiles_nothing(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="kernels are interpreted"):
+        main([])

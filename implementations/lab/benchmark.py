@@ -196,12 +196,16 @@ def ratios(measurements: Sequence[Measurement], ours: str, peer: str) -> list[fl
     return [timings.ratio(ours, peer) for timings in both]
 
 
+def magnitude(measurements: Sequence[Measurement]) -> tuple[str, float]:
+    """The unit's prefix and its size: tera, or giga where all is slower than a tenth of that."""
+    fastest = max(rate for m in measurements for rate in m.rates.values())
+    return ("T", 1e12) if fastest > 1e11 else ("G", 1e9)
+
+
 def as_table(measurements: Sequence[Measurement], unit: str) -> str:
     """Median milliseconds and rate of every form, a line a case."""
     names = list(dict.fromkeys(name for m in measurements for name in (*m.rates, *m.left_out)))
-    prefix, factor = (
-        ("T", 1e12) if max(max(m.rates.values()) for m in measurements) > 1e11 else ("G", 1e9)
-    )
+    prefix, factor = magnitude(measurements)
     lines = [f"{'':34}" + "".join(f"{name:>20}" for name in names)]
     for m in measurements:
         cells = [

@@ -38,6 +38,7 @@ from implementations.lab.benchmark import (
     as_json,
     as_table,
     dtype_named,
+    magnitude,
     measure,
     ratios,
 )
@@ -154,15 +155,16 @@ def draw(measured: dict[str, list[Measurement]]) -> None:
     )
     for axes, (name, measurements) in zip(panels.flat, measured.items(), strict=True):
         forms = list(dict.fromkeys(form for m in measurements for form in m.rates))
+        prefix, size = magnitude(measurements)
         for i, form in enumerate(forms):
             places = [x for x, m in enumerate(measurements) if form in m.rates]
-            rates = [measurements[x].rates[form] / 1e12 for x in places]
+            rates = [measurements[x].rates[form] / size for x in places]
             offset = (i - (len(forms) - 1) / 2) * 0.8 / len(forms)
             axes.bar([x + offset for x in places], rates, 0.8 / len(forms), label=form)
         labels = [f"{m.case}\n{m.dtype}".replace(" ", "\n") for m in measurements]
         axes.set_xticks(range(len(measurements)), labels, fontsize=7)
         operation = OPERATIONS[name]
-        axes.set(title=f"{name}: {operation.sizes}", ylabel=f"useful T{operation.unit}")
+        axes.set(title=f"{name}: {operation.sizes}", ylabel=f"useful {prefix}{operation.unit}")
         axes.legend(ncols=len(forms), fontsize=8)
 
 

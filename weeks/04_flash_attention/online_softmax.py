@@ -39,9 +39,10 @@ class Config:
 
 
 def without_rescaling(left: Summary, right: Summary) -> Summary:
-    """The mistake: sums made with an old maximum are taken for sums made with the new one."""
+    """The mistake: old sums are taken for sums made with the new maximum."""
     maximum = torch.maximum(left.maximum, right.maximum)
-    return Summary(maximum, left.total + right.total, left.weighted + right.weighted)
+    new = torch.exp(right.maximum - maximum)
+    return Summary(maximum, left.total + right.total * new, left.weighted + right.weighted * new)
 
 
 def steps(scores: Tensor, value: Tensor, tile: int, join=merge) -> list[Summary]:

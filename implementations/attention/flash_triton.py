@@ -529,6 +529,8 @@ def flash_attention_triton_with_log_sum_exp(
     check_kernel_inputs(query, value, scale)
     if window is not None and window >= key.shape[-2]:
         window = None
+    if query.ndim == 4:
+        return forward(query, key, value, causal, window, scale)
     planes = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
     output, log_sum_exp = forward(*planes, causal, window, scale)
     return output.reshape(query.shape), log_sum_exp.reshape(query.shape[:-1])

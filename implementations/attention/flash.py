@@ -270,14 +270,10 @@ def check_flash_inputs(
         ValueError: a sentence with the rule and the value.
     """
     named = {"query": query, "key": key, "value": value}
-
-    def shapes() -> str:  # only for an error: this function runs at every call
-        return ", ".join(f"{name} {list(x.shape)}" for name, x in named.items())
-
     if mask is not None:
         raise ValueError("flash attention hides keys by causal and window, and takes no mask")
     if min(x.ndim for x in named.values()) < 3:
-        raise ValueError(f"inputs are [..., heads, positions, dim], got {shapes()}")
+        raise ValueError(f"inputs are [..., heads, positions, dim], got {shapes(named)}")
     if len({x.dtype for x in named.values()}) > 1 or not query.is_floating_point():
         dtypes = ", ".join(str(x.dtype) for x in named.values())
         raise ValueError(f"query, key and value share one floating-point dtype, got {dtypes}")
@@ -285,13 +281,13 @@ def check_flash_inputs(
         devices = ", ".join(str(x.device) for x in named.values())
         raise ValueError(f"query, key and value are on one device, got {devices}")
     if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
-        raise ValueError(f"query, key and value have the same batch sizes, got {shapes()}")
+        raise ValueError(f"query, key and value have the same batch sizes, got {shapes(named)}")
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"a query and a key have the same dim, got {shapes()}")
+        raise ValueError(f"a query and a key have the same dim, got {shapes(named)}")
     if key.shape[-3:-1] != value.shape[-3:-1]:
-        raise ValueError(f"every key has a value, got {shapes()}")
+        raise ValueError(f"every key has a value, got {shapes(named)}")
     if 0 in (*query.shape[-3:], *value.shape[-3:]):
-        raise ValueError(f"there is at least one head, position and dim, got {shapes()}")
+        raise ValueError(f"there is at least one head, position and dim, got {shapes(named)}")
     heads, key_heads = query.shape[-3], key.shape[-3]
     if heads % key_heads:
         raise ValueError(f"{key_heads} key heads cannot be shared evenly by {heads} query heads")
@@ -302,6 +298,11 @@ def check_flash_inputs(
         raise ValueError("a window looks back from its query: causal must be True")
     if window is not None and window < 1:
         raise ValueError(f"a window holds at least the query's own token, got {window}")
+
+
+def shapes(named: dict[str, Tensor]) -> str:
+    """For an error's sentence."""
+    return ", ".join(f"{name} {list(x.shape)}" for name, x in named.items())
 
 
 def main() -> None:

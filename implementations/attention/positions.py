@@ -17,6 +17,7 @@ in use are silent about each other: a model read in the wrong one runs, and is w
 Paper   sinusoidal: Vaswani et al. 2017, arXiv:1706.03762, section 3.5
         rotary: Su et al. 2021, arXiv:2104.09864    ALiBi: Press et al. 2021, arXiv:2108.12409
 Shapes  x [..., token, dim], dim being one head's in rotary    bias [head, query, key]
+Fast    positions_triton.py: rotary, one launch
 Run     uv run python implementations/attention/positions.py
 """
 

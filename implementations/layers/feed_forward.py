@@ -12,6 +12,7 @@ notice in its loss.
 
 Paper   Hendrycks & Gimpel 2016, arXiv:1606.08415; SwiGLU: Shazeer 2020, arXiv:2002.05202
 Shapes  x [..., width]
+Fast    feed_forward_triton.py: SwiGLU's bend in one launch
 Run     uv run python implementations/layers/feed_forward.py
 """
 
@@ -40,6 +41,13 @@ def silu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """x sigmoid(x); widened as `gelu` is."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.sigmoid(wide)).to(x.dtype)
+
+
+def swiglu_naive(
+    gate: Float[Tensor, "*batch hidden"], expand: Float[Tensor, "*batch hidden"]
+) -> Float[Tensor, "*batch hidden"]:
+    """silu(gate) · expand: the bend between SwiGLU's linear maps."""
+    return silu(gate) * expand
 
 
 class FeedForward(nn.Module):

@@ -23,6 +23,9 @@ from implementations.models.decoder import Decoder, DecoderConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.float16  # the interpreter cannot multiply bfloat16
+# In float32 a GPU's exp2 is good to a relative 2^-22 by PTX's manual, and scale · log2(e) is rounded
+# once, which shifts scores of up to 12 by another 2^-21. An output is a ratio of two sums of them.
+EXP2 = 2.0**-20 if torch.cuda.is_available() else 0.0
 
 # Where the interpreter meets a NaN, NumPy says so.
 numpy_warns = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -104,7 +107,7 @@ def test_the_scale_is_applied_once_to_scores_and_gradients(scale):
 
 @pytest.mark.parametrize("case", SMALL[4:7] + SMALL[9:13], ids=str)
 def test_as_accurate_as_the_equation_in_float32(case):
-    assert_same_accuracy(*both(case), *drawn(case, torch.float32))
+    assert_same_accuracy(*both(case), *drawn(case, torch.float32), known=EXP2)
 
 
 @pytest.mark.parametrize("case", HALVES, ids=str)
@@ -116,7 +119,8 @@ def test_as_accurate_as_the_equation_in_float16(case):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [*HALVES, *LARGE], ids=str)
 def test_as_accurate_as_the_equation_when_compiled(case, dtype):
-    assert_same_accuracy(*both(case), *drawn(case, dtype))
+    known = EXP2 if dtype == torch.float32 else 0.0
+    assert_same_accuracy(*both(case), *drawn(case, dtype), known=known)
 
 
 @pytest.mark.parametrize("case", [SMALL[8], SMALL[11], SMALL[16]], ids=str)

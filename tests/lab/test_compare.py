@@ -294,3 +294,12 @@ def test_same_accuracy_catches_an_output_of_another_dtype():
     """float32 out of bfloat16 is more accurate, and not what naive promises."""
     with pytest.raises(AssertionError, match="float32"):
         assert_same_accuracy(lambda x: x.float() * 2, lambda x: x * 2, torch.randn(5).bfloat16())
+
+
+def test_a_known_error_is_allowed_on_top_and_no_more():
+    """Every number off by a thousandth of itself: allowed if a thousandth is known, not half."""
+    x = torch.rand(1000) + 1
+    wrong = lambda x: 2 * x * (1 + 1e-3)  # noqa: E731
+    assert_same_accuracy(wrong, lambda x: 2 * x, x, known=1.01e-3)
+    with pytest.raises(AssertionError, match="error"):
+        assert_same_accuracy(wrong, lambda x: 2 * x, x, known=0.5e-3)

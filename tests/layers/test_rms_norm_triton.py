@@ -119,11 +119,11 @@ def test_torch_library():
     x, residual, scale = (value.float().requires_grad_() for value in inputs((6, 63)))
     for added in (None, residual):
         torch.library.opcheck(rms_norm_op, (x, added, scale, 1e-5))
-    plain = [value.detach() for value in (x, residual, x, scale, x[:, 0])]
-    torch.library.opcheck(rms_norm_backward_op, (*plain[:4], plain[4].contiguous()))
-    torch.library.opcheck(
-        rms_norm_backward_op, (plain[0], None, *plain[2:4], plain[4].contiguous())
+    x, residual, scale, inverse = (
+        value.detach() for value in (x, residual, scale, x[:, 0].clone())
     )
+    for added in (None, residual):
+        torch.library.opcheck(rms_norm_backward_op, (x, added, x, scale, inverse))
 
 
 @pytest.mark.usefixtures("unchecked")

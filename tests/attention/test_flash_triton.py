@@ -23,8 +23,8 @@ from implementations.models.decoder import Decoder, DecoderConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.float16  # the interpreter cannot multiply bfloat16
-# In float32 a GPU's exp2 is good to a relative 2^-22 by PTX's manual, and scale · log2(e) is rounded
-# once, which shifts scores of up to 12 by another 2^-21. An output is a ratio of two sums of them.
+# In float32 a GPU's exp2 is good to a relative 2^-22 by PTX's manual, and scale · log2(e) is
+# rounded once, which shifts scores of 12 by another 2^-21. An output is a ratio of two such sums.
 EXP2 = 2.0**-20 if torch.cuda.is_available() else 0.0
 
 # Where the interpreter meets a NaN, NumPy says so.

@@ -296,6 +296,9 @@ def query_kernel(
     d_query.store([batch, head, first, 0], dq.reshape(1, 1, QUERIES, DIM))
 
 
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+
+
 class Tiles(NamedTuple):
     """What one program works on, and how."""
 
@@ -551,11 +554,10 @@ def check_kernel_inputs(query: Tensor, value: Tensor, scale: float) -> None:
         raise ValueError(f"there is at least one text in the batch, got {list(query.shape)}")
     if not 0 < scale < math.inf:
         raise ValueError(f"the scale is positive and finite, got {scale}")
-    interpreted = not isinstance(forward_kernel, triton.JITFunction)
-    if not (query.is_cuda or interpreted):
+    if not (query.is_cuda or INTERPRETED):
         advice = "set TRITON_INTERPRET=1 to run the kernels on a CPU, slowly"
         raise ValueError(f"the kernels run on a CUDA GPU, got {query.device}: {advice}")
-    if interpreted and query.dtype == torch.bfloat16:
+    if INTERPRETED and query.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter cannot multiply bfloat16: use another dtype")
 
 

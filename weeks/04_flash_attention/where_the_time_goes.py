@@ -7,7 +7,7 @@ parameters in a block, attention takes 4 n² w operations of 4 n² w + 2 n P, so
 
 Expected: the share grows with the length, from a few hundredths to most of the time. The equation
 takes more than its operations say, because it carries its matrices through memory; a fast kernel
-takes less, because it leaves out the half of them that a causal mask hides.
+takes less on long texts, because it leaves out the half of them that a causal mask hides.
 
 Run     uv run python weeks/04_flash_attention/where_the_time_goes.py
         uv run python weeks/04_flash_attention/where_the_time_goes.py --device cuda --layers 30

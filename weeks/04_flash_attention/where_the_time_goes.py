@@ -7,11 +7,11 @@ parameters in a block, attention takes 4 n² w operations of 4 n² w + 2 n P, so
 
 Expected: the share grows with the length, from a few hundredths to most of the time. The equation
 takes more than its operations say, because it carries its matrices through memory; a fast kernel
-takes less, because it leaves out the half of them that a causal mask hides.
+takes less on long texts, because it leaves out the half of them that a causal mask hides.
 
 Run     uv run python weeks/04_flash_attention/where_the_time_goes.py
         uv run python weeks/04_flash_attention/where_the_time_goes.py --device cuda --layers 30
-        --lengths 512 1024 2048 4096 8192
+        --tokens 32768 --lengths 512 1024 2048 4096 8192
 """
 
 from collections.abc import Callable
@@ -33,10 +33,12 @@ from implementations.models.decoder import SMOLLM2, Decoder, DecoderConfig
 
 @dataclass(frozen=True)
 class Config:
-    """Attention's share of the blocks of SmolLM2, random weights, one text."""
+    """Attention's share of the blocks of SmolLM2, random weights."""
 
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
     """texts of so many tokens"""
+    tokens: int = 2048
+    """tokens in a pass: short texts come in large batches, so that a GPU is as full for each"""
     layers: int = 4
     """the share is nearly the same for any number: the final scores are left out"""
     rounds: int = 5
@@ -79,8 +81,8 @@ def draw(config: Config, shares: dict[str, list[float]], seconds: dict[str, list
     for name, values in shares.items():
         panels[0].semilogx(config.lengths, values, STYLES.get(name, "C1o-"), label=name)
     for name, values in seconds.items():
-        each = [1e6 * value / length for value, length in zip(values, config.lengths, strict=True)]
-        panels[1].semilogx(config.lengths, each, STYLES.get(name, "C1o-"), label=name)
+        micro = [1e6 * value for value in values]
+        panels[1].semilogx(config.lengths, micro, STYLES.get(name, "C1o-"), label=name)
     panels[0].set(title="attention's share of the blocks", xlabel="tokens", ylim=(0, 1))
     panels[1].set(title="microseconds a token", xlabel="tokens", ylim=(0, None))
     for axes in panels:
@@ -108,14 +110,15 @@ def main(config: Config) -> list[Finding]:
         attention = 4 * length**2 * shape.width * shape.layers
         away = max(away, abs(all_ - rest - attention), abs(rest - 2 * length * parameters))
         shares["operations"].append(1 - rest / all_)
-        tokens = torch.randint(shape.vocabulary, (1, length), device=config.device)
+        batch = max(1, config.tokens // length)
+        tokens = torch.randint(shape.vocabulary, (batch, length), device=config.device)
         calls = {name: decoder.hidden for name, decoder in decoders.items()}
         with torch.no_grad():
             timings = time_interleaved(calls, tokens, rounds=config.rounds, warmup=1)
         for name in (fast, "naive"):
             shares[name].append(share(timings, name))
         for name in forms:
-            seconds[name].append(timings.median(name))
+            seconds[name].append(timings.median(name) / tokens.numel())
     draw(config, shares, seconds)
     half = parameters / (2 * shape.width * shape.layers)
     findings = [
@@ -138,4 +141,4 @@ def main(config: Config) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    run(main, Config(), quick=Config(lengths=(64, 256), layers=1, rounds=2))
+    run(main, Config(), quick=Config(lengths=(64, 256), tokens=256, layers=1, rounds=2))

@@ -3,6 +3,9 @@
 Without a GPU they run in Triton's interpreter, on small shapes; tests marked `cuda` compile them.
 """
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -339,6 +342,27 @@ def test_compiled_whole_it_gives_the_same(unchecked):
     got = torch.autograd.grad(torch.compile(step, fullgraph=True)(*inputs), inputs)
     wanted = torch.autograd.grad(step(*inputs), inputs)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_for_a_gpu_it_is_one_graph_too():
+    """Interpreted kernels and compiled ones are other objects to torch.compile. Fake tensors on a
+    GPU that nobody needs to have pass through the second kind."""
+    script = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from implementations.attention.flash_triton import INTERPRETED, flash_attention_triton
+
+assert not INTERPRETED
+with FakeTensorMode():
+    inputs = [torch.empty(1, 2, 65, 16, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    attend = lambda *x: 2 * flash_attention_triton(*x, causal=True)
+    graph = torch._dynamo.export(attend, aten_graph=False)(*inputs).graph_module
+    print(graph.code.count("ml_studies.flash_attention"))
+"""
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == "1", run.stderr
 
 
 def test_a_decoder_takes_it_as_its_attention():

@@ -245,9 +245,9 @@ def test_a_hidden_key_does_not_matter_however_large_it_is():
     """Its score must not enter the maximum: all that is visible would vanish beside it."""
     query, key, value = drawn(SMALL[8], torch.float32)
     wanted = flash_attention_triton(query, key, value, causal=True)
-    key[:, :, -1] *= 1e4
+    key[:, :, 40] *= 1e4  # in one tile with queries that do not see it
     got = flash_attention_triton(query, key, value, causal=True)
-    assert torch.equal(got[:, :, :-1], wanted[:, :, :-1])
+    assert torch.equal(got[:, :, :40], wanted[:, :, :40])
 
 
 @numpy_warns

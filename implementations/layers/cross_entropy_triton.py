@@ -227,7 +227,7 @@ def check_targets(logits: Tensor, targets: Tensor, z_loss: float) -> None:
     check_rows(logits)
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
-            f"logits of {tuple(logits.shape)} need targets of {tuple(logits.shape[:-1])}, "
+            f"rows of {tuple(logits.shape)} need targets of {tuple(logits.shape[:-1])}, "
             f"got {tuple(targets.shape)}"
         )
     if targets.dtype not in (torch.int64, torch.int32):

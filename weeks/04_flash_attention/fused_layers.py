@@ -13,7 +13,6 @@ Run     uv run python weeks/04_flash_attention/fused_layers.py
         uv run python weeks/04_flash_attention/fused_layers.py --device cuda
 """
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -261,7 +260,7 @@ def count(config: Config) -> list[Finding]:
                         "x",
                     ),
                 ]
-    draw(bars, "bytes moved, in units of the floor", 1.0)
+    draw(bars, "bytes moved, in units of the floor")
     return findings
 
 
@@ -301,7 +300,7 @@ def measure(config: Config) -> list[Finding]:
                     spread=timings.spread("kernel", "torch"),
                 )
             )
-    draw(bars, "share of a copy's bytes a second", 1.0)
+    draw(bars, "share of a copy's bytes a second")
     for width in config.widths:
         findings += at_width(config, width, speed)
     return findings
@@ -323,14 +322,14 @@ def at_width(config: Config, width: int, speed: float) -> list[Finding]:
     return [
         Finding(
             f"{name} forward, {width} wide: kernel's share",
-            floor / statistics.median(timings.seconds[name]),
+            floor / timings.median(name),
             goal=at_least(0.93),
         )
         for name in forms
     ]
 
 
-def draw(bars: dict[str, dict[str, float]], label: str, floor: float) -> None:
+def draw(bars: dict[str, dict[str, float]], label: str) -> None:
     """A group of horizontal bars for each layer."""
     forms = list(dict.fromkeys(form for group in bars.values() for form in group))
     _, axes = plt.subplots(figsize=(7, 0.45 * len(bars) + 1), layout="constrained")
@@ -338,7 +337,7 @@ def draw(bars: dict[str, dict[str, float]], label: str, floor: float) -> None:
         places = [i + (offset - (len(forms) - 1) / 2) * 0.27 for i in range(len(bars))]
         lengths = [group.get(form, 0.0) for group in bars.values()]
         axes.barh(places, lengths, 0.25, label=form)
-    axes.axvline(floor, color="black", linewidth=0.8)
+    axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_xlabel(label)

@@ -84,7 +84,8 @@ def layers(config: Config) -> list[Layer]:
     weights = [new(config.rows * config.width, dtype=torch.float32) for _ in range(2)]
 
     def torchs_add(x: Tensor, residual: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return functional.rms_norm(x + residual, shape, scale, 1e-5), x + residual
+        stream = x + residual
+        return functional.rms_norm(stream, shape, scale, 1e-5), stream
 
     def loss_and_gradient(loss: Callable) -> Callable:
         def run(scores: Tensor) -> list[Tensor]:
@@ -332,7 +333,7 @@ def at_width(config: Config, width: int, speed: float) -> list[Finding]:
 def draw(bars: dict[str, dict[str, float]], label: str) -> None:
     """A group of horizontal bars for each layer."""
     forms = list(dict.fromkeys(form for group in bars.values() for form in group))
-    _, axes = plt.subplots(figsize=(7, 0.45 * len(bars) + 1), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 0.45 * len(bars) + 1), layout="constrained")
     for offset, form in enumerate(forms):
         places = [i + (offset - (len(forms) - 1) / 2) * 0.27 for i in range(len(bars))]
         lengths = [group.get(form, 0.0) for group in bars.values()]
@@ -341,7 +342,7 @@ def draw(bars: dict[str, dict[str, float]], label: str) -> None:
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_xlabel(label)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(forms), frameon=False)
 
 
 def main(config: Config) -> list[Finding]:

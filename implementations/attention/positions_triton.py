@@ -7,6 +7,9 @@ Turning back is the gradient: the same kernel with the other sign. A program tak
 walks over the heads, so a token's angles are computed once. Frequencies are computed in float64 and
 rounded once: the angle of token 100,000 still has the digits that float32 can give it.
 
+On an H200 the half-split layout reaches 0.83 of a copy's speed and the interleaved one 0.12: its
+halves are read by steps of two.
+
 Floor   bytes, for n numbers of b bytes: 2 n b each way
 Shapes  x [..., head, token, dim], heads and tokens in any strides
 Run     uv run python implementations/attention/positions_triton.py

@@ -12,7 +12,6 @@ gradient of a row is
 Paper   z-loss: de Brébisson & Vincent 2016, arXiv:1604.08859; PaLM, arXiv:2204.02311, section 5
 Shapes  logits [..., vocabulary]    targets [...]
 Fast    cross_entropy_triton.py: loss and gradient in one launch
-        linear_cross_entropy_triton.py: without ever holding the logits
 Run     uv run python implementations/layers/cross_entropy.py
 """
 
@@ -42,17 +41,6 @@ def cross_entropy_naive(
     chosen = wide.gather(-1, targets.masked_fill(~valid, 0)[..., None])[..., 0]
     losses = normalizer - chosen + z_loss * normalizer**2
     return losses.masked_fill(~valid, 0.0).sum() / valid.sum()
-
-
-def linear_cross_entropy_naive(
-    hidden: Float[Tensor, "*batch width"],
-    weight: Float[Tensor, "vocabulary width"],
-    targets: Int[Tensor, "*batch"],
-    ignore_index: int = -100,
-    z_loss: float = 0.0,
-) -> Float[Tensor, ""]:
-    """The loss of a language model's last layer: logits = hidden weightᵀ, all of them held."""
-    return cross_entropy_naive(hidden @ weight.mT, targets, ignore_index, z_loss)
 
 
 def main() -> None:

@@ -71,7 +71,13 @@ class FeedForward(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A gated feed-forward layer: three linear maps, without biases unless asked for."""
+    """A gated feed-forward layer: three linear maps, without biases unless asked for.
+
+    Args:
+        activation: of the gate.
+        gated: activation and product as one function with the signature of `swiglu_naive`, which
+            then takes the place of `activation`.
+    """
 
     def __init__(
         self,
@@ -80,14 +86,17 @@ class SwiGLU(nn.Module):
         activation: Callable[[Tensor], Tensor] = silu,
         *,
         bias: bool = False,
+        gated: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         super().__init__()
-        self.activation = activation
+        self.activation, self.gated = activation, gated
         self.gate = nn.Linear(width, hidden, bias=bias)
         self.expand = nn.Linear(width, hidden, bias=bias)
         self.contract = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        if self.gated is not None:
+            return self.contract(self.gated(self.gate(x), self.expand(x)))
         return self.contract(self.activation(self.gate(x)) * self.expand(x))
 
 

@@ -80,7 +80,8 @@ def forward_kernel(
         squares += tl.sum(centred * centred, axis=1, keep_dims=True)
         squares += apart * apart * before * count / after
         mean += apart * count / after
-    root = 1 / tl.sqrt(squares / width + EPSILON)
+    # In float64: one number a row, where float32 has only an approximate root and quotient.
+    root = (1 / tl.sqrt((squares / width).to(tl.float64) + EPSILON)).to(wide)
     tl.store(means + row, mean, row < rows)
     tl.store(inverse + row, root, row < rows)
     for piece in range(PIECES):

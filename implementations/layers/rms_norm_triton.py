@@ -67,7 +67,8 @@ def forward_kernel(
             value = value.to(stream.dtype.element_ty).to(wide)  # the stream as others will read it
             tl.store(stream + row * width + column, value, inside)
         squares += tl.sum(value * value, axis=1, keep_dims=True)
-    root = 1 / tl.sqrt(squares / width + EPSILON)
+    # In float64: one number a row, where float32 has only an approximate root and quotient.
+    root = (1 / tl.sqrt((squares / width).to(tl.float64) + EPSILON)).to(wide)
     tl.store(inverse + row, root, row < rows)
     for piece in range(PIECES):
         column = piece * BLOCK + tl.arange(0, BLOCK)[None, :]

@@ -89,13 +89,16 @@ class DecoderConfig:
     rotary_base: float = 10000.0
     dropout: float = 0.0
 
-    def make_norm(self) -> nn.Module:
-        return (RMSNorm if self.norm == "rms" else LayerNorm)(self.width, self.epsilon)
+    def make_norm(self, norm: Callable[..., Tensor] | None = None) -> nn.Module:
+        """The layer, around another function than the equation if one is given."""
+        layer = partial(RMSNorm if self.norm == "rms" else LayerNorm, self.width, self.epsilon)
+        return layer() if norm is None else layer(norm=norm)
 
-    def make_feed_forward(self) -> nn.Module:
+    def make_feed_forward(self, gated: Callable[..., Tensor] | None = None) -> nn.Module:
         if self.feed_forward == "swiglu":
             # Torch's silu is one pass over the wide space, ours two: 2% of SmolLM2's forward pass.
-            return SwiGLU(self.width, self.hidden, nn.functional.silu, bias=self.bias)
+            silu = nn.functional.silu
+            return SwiGLU(self.width, self.hidden, silu, bias=self.bias, gated=gated)
         return FeedForward(self.width, self.hidden, gelu_tanh, bias=self.bias)
 
 
@@ -124,24 +127,48 @@ GPT2 = DecoderConfig(
 
 
 class Decoder(nn.Module):
-    """A causal language model around any function with the signature of `attention_naive`."""
+    """A causal language model around any functions with the signatures of the equations.
 
-    def __init__(self, config: DecoderConfig, attention: Callable[..., Tensor] = attention_naive):
+    Args:
+        attention: in place of `attention_naive`.
+        norm: in place of `rms_norm_naive` or `layer_norm_naive`, whichever the config asks for.
+        rotate: in place of `rotate_half_split`.
+        gated: in place of the two operations of SwiGLU's bend, as `swiglu_naive`.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        attention: Callable[..., Tensor] = attention_naive,
+        *,
+        norm: Callable[..., Tensor] | None = None,
+        rotate: Callable[..., Tensor] = rotate_half_split,
+        gated: Callable[..., Tensor] | None = None,
+    ):
         super().__init__()
         self.config = config
+        make_norm = partial(config.make_norm, norm)
+        rotated = partial(rotate, base=config.rotary_base)
         self.embedding = Embedding(config.vocabulary, config.width)
         learned = config.position == "learned"
         self.positions = LearnedPositions(config.positions, config.width) if learned else None
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(self.make_block(attention) for _ in range(config.layers))
-        self.norm = config.make_norm()
+        self.blocks = nn.ModuleList(
+            self.make_block(attention, make_norm, rotated, gated) for _ in range(config.layers)
+        )
+        self.norm = make_norm()
         self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
         if not self.embedding.weight.is_meta:
             self.initialize()
 
-    def make_block(self, attention: Callable[..., Tensor]) -> Block:
+    def make_block(
+        self,
+        attention: Callable[..., Tensor],
+        make_norm: Callable[[], nn.Module],
+        rotate: Callable[[Tensor], Tensor],
+        gated: Callable[..., Tensor] | None,
+    ) -> Block:
         config = self.config
-        rotate = partial(rotate_half_split, base=config.rotary_base)
         return Block(
             MultiHeadAttention(
                 config.width,
@@ -151,8 +178,8 @@ class Decoder(nn.Module):
                 attention=attention,
                 rotate=rotate if config.position == "rotary" else None,
             ),
-            config.make_feed_forward(),
-            config.make_norm,
+            config.make_feed_forward(gated),
+            make_norm,
             dropout=config.dropout,
         )
 

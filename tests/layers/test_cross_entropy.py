@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from implementations.lab.compare import assert_same_function
-from implementations.layers.cross_entropy import cross_entropy_naive, linear_cross_entropy_naive
+from implementations.layers.cross_entropy import cross_entropy_naive
 
 
 @pytest.mark.parametrize("ignored", [[], [0], [1, 4]])
@@ -35,17 +35,6 @@ def test_gradcheck():
     logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 4, -100, 2])
     assert torch.autograd.gradcheck(lambda x: cross_entropy_naive(x, targets, z_loss=0.3), logits)
-
-
-def test_linear_is_torchs_linear_and_cross_entropy():
-    hidden, weight = torch.randn(7, 5).double(), torch.randn(11, 5).double()
-    targets = torch.tensor([0, 10, 3, -100, 4, 4, 1])
-    assert_same_function(
-        lambda hidden, weight: linear_cross_entropy_naive(hidden, weight, targets),
-        lambda hidden, weight: functional.cross_entropy(functional.linear(hidden, weight), targets),
-        hidden,
-        weight,
-    )
 
 
 def test_nothing_valid_is_nan_as_in_torch():

@@ -127,6 +127,36 @@ def test_any_attention_of_the_same_signature_serves():
     torch.testing.assert_close(naive(tokens), vendor(tokens), rtol=1e-10, atol=1e-10)
 
 
+def test_kernels_of_the_same_signatures_serve():
+    """Norm, rotation and gate as Triton kernels: the same logits and gradients, each called."""
+    pytest.importorskip("triton", reason="Triton is not built for this platform")
+    from implementations.attention.positions_triton import rotate_half_split_triton
+    from implementations.layers.feed_forward_triton import swiglu_triton
+    from implementations.layers.rms_norm_triton import rms_norm_triton
+
+    calls = []
+
+    def counted(kernel):
+        return lambda *inputs, **options: calls.append(kernel) or kernel(*inputs, **options)
+
+    kernels = {"norm": rms_norm_triton, "rotate": rotate_half_split_triton, "gated": swiglu_triton}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    naive = Decoder(SMALL).double().to(device)
+    fast = Decoder(SMALL, **{name: counted(kernel) for name, kernel in kernels.items()})
+    fast = fast.double().to(device)
+    fast.load_state_dict(naive.state_dict())
+    tokens = torch.randint(SMALL.vocabulary, (2, 9), device=device)
+    upstream = torch.randn(2, 9, SMALL.vocabulary, dtype=torch.float64, device=device)
+    for one, other in zip(
+        *(torch.autograd.grad(m(tokens), [*m.parameters()], upstream) for m in (naive, fast)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(fast(tokens), naive(tokens), rtol=1e-9, atol=1e-10)
+    counts = [calls.count(kernel) for kernel in kernels.values()]
+    assert counts == [2 * n for n in (2 * SMALL.layers + 1, 2 * SMALL.layers, SMALL.layers)]
+
+
 def test_initialization_is_gpt2s():
     """N(0, 0.02²), and 0.02 / sqrt(2 · layers) for what enters the stream."""
     decoder = Decoder(DecoderConfig(**SMALL.__dict__ | {"width": 256, "hidden": 512}))

@@ -46,10 +46,14 @@ class Config:
     """how often each network is trained"""
     digit_steps: int = 8000
     """training steps of 32 pictures of the transformer on the digits"""
-    emoji_steps: int = 2000
+    emoji_steps: int = 1500
     """the same on OpenMoji"""
-    convolutional_steps: int = 2000
+    convolutional_steps: int = 1500
     """training steps of the convolutional network on either"""
+    width: int = 64
+    """of the transformer, a multiple of 16"""
+    layers: int = 4
+    """of the transformer"""
     device: str = "cpu"
 
 
@@ -57,7 +61,9 @@ def settings(config: Config, data: str, kind: str) -> ClassifierConfig:
     steps = {"mnist_5k": config.digit_steps, "openmoji": config.emoji_steps}[data]
     steps = config.convolutional_steps if kind == "convolutional" else steps
     size, patch = SIZES[data]
-    return ClassifierConfig(data=data, size=size, patch=patch, model=kind, steps=steps)
+    shape = {"width": config.width, "layers": config.layers, "hidden": 2 * config.width}
+    shape = shape if kind == "vision_transformer" else {}
+    return ClassifierConfig(data=data, size=size, patch=patch, model=kind, steps=steps, **shape)
 
 
 def commonest(known: Labelled, test: Labelled) -> float:

@@ -32,7 +32,7 @@ from implementations.models.picture_classifier import (
 )
 
 NAMES = {"mnist_5k": "MNIST-5k", "openmoji": "OpenMoji"}
-SIZES = {"mnist_5k": (28, 7), "openmoji": (32, 4)}  # of a picture, of a patch
+SIZES = {"mnist_5k": (28, 7), "openmoji": (32, 8)}  # of a picture, of a patch
 KINDS = {"vision_transformer": "transformer", "convolutional": "convolutional network"}
 
 
@@ -48,7 +48,7 @@ class Config:
     """training steps of 32 pictures of the transformer on the digits"""
     emoji_steps: int = 1500
     """the same on OpenMoji"""
-    convolutional_steps: int = 1500
+    convolutional_steps: int = 1000
     """training steps of the convolutional network on either"""
     width: int = 64
     """of the transformer, a multiple of 16"""
@@ -147,6 +147,6 @@ def main(config: Config) -> list[Finding]:
 
 if __name__ == "__main__":
     quick = Config(
-        data=("mnist_5k",), seeds=1, digit_steps=40, emoji_steps=40, convolutional_steps=30
+        data=("mnist_5k",), seeds=1, digit_steps=40, emoji_steps=40, convolutional_steps=20
     )
     run(main, Config(), quick=quick)

@@ -41,7 +41,7 @@ class Config:
 
     sizes: tuple[int, ...] = (21, 28, 35, 42, 49, 56)
     """pixels of a test picture's side: multiples of 7, 28 among them"""
-    steps: int = 2000
+    steps: int = 1000
     """training steps of each model, 32 pictures each"""
     seeds: int = 2
     """how often each model is trained"""

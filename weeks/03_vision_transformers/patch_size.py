@@ -41,7 +41,7 @@ class Config:
 
     patches: tuple[int, ...] = (28, 14, 7, 4)
     """pixels of a patch's side, divisors of 28, the largest first"""
-    steps: int = 2000
+    steps: int = 1000
     """training steps of each model, 32 pictures each"""
     seeds: int = 2
     """how often each model is trained"""

@@ -39,7 +39,7 @@ POSITIONS = ("none", "learned", "sinusoidal", "rotary")
 class Config:
     """Digits in patches of 7 x 7, sixteen to a picture."""
 
-    steps: int = 2000
+    steps: int = 1000
     """training steps of each model, 32 pictures each"""
     seeds: int = 2
     """how often each model is trained"""

@@ -46,7 +46,7 @@ class Config:
     """test pictures, as many categories"""
     picture: Path | None = None
     """a picture of your own, shown first"""
-    steps: int = 2000
+    steps: int = 1000
     """training steps of the model, 32 pictures each"""
     device: str = "cpu"
 

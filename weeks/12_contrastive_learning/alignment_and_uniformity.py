@@ -45,7 +45,7 @@ class Config:
     """at a batch of 128"""
     batches: tuple[int, ...] = (16, 64, 256)
     """at a temperature of 0.2"""
-    steps: int = 200
+    steps: int = 150
     """updates of each model"""
     seeds: int = 2
     """how often each model is trained"""

@@ -53,7 +53,7 @@ COLLAPSE, SPREAD = LOSSES.keys() & {"agreement alone", "SimSiam, no stop"}, 4.0
 class Config:
     """Train one encoder with and without negatives and watch the rank."""
 
-    steps: int = 200
+    steps: int = 150
     """updates of each model"""
     seeds: int = 2
     """how often each model is trained"""

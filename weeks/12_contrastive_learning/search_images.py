@@ -115,7 +115,7 @@ def contact_sheet(test: OpenMoji, best: Tensor, config: Config) -> None:
     for query, row, line in zip(config.queries, best.tolist(), grid, strict=True):
         line[0].set_title(f'"{query}"', loc="left", fontsize=11)
         for picture, axes in zip(row, line, strict=True):
-            axes.imshow(sharp.pixels[where[test.codes[picture]]].permute(1, 2, 0))
+            axes.imshow(sharp.pixels[where[test.codes[picture]]].permute(1, 2, 0).numpy())
             axes.axis("off")
     figure.text(0.5, 0.05, "Emoji: OpenMoji, CC BY-SA 4.0", ha="center", fontsize=8)
 

@@ -40,7 +40,7 @@ KINDS = ("pixels", "random weights", "SimCLR", "supervised")
 class Config:
     """Train one encoder without labels and one with them, and probe both."""
 
-    steps: int = 400
+    steps: int = 300
     """updates of each model"""
     seeds: int = 3
     """how often each model is trained"""
@@ -97,8 +97,8 @@ def main(config: Config) -> list[Finding]:
     draw(found, common := torch.bincount(test.category).max().item() / len(test.codes))
     findings = [Finding("the commonest category", common)]
     for (probe, kind), scores in found.items():
-        noise = {"spread": float(np.std(scores, ddof=1)), "seeds": len(scores)}
-        noise = noise if len(scores) > 1 and kind != "pixels" else {}
+        several = len(scores) > 1 and kind != "pixels"  # a probe of pixels knows no seed
+        noise = {"spread": float(np.std(scores, ddof=1)), "seeds": len(scores)} if several else {}
         findings.append(Finding(f"{kind}: {probe}", float(np.mean(scores)), **noise))
     for probe in PROBES:
         mean = {kind: float(np.mean(found[probe, kind])) for kind in KINDS}

@@ -42,7 +42,7 @@ class Config:
 
     steps: int = 300
     """updates of each model"""
-    seeds: int = 3
+    seeds: int = 2
     """how often each model is trained"""
     batch: int = 128
     """pictures of a batch, each seen twice by SimCLR"""

@@ -9,13 +9,9 @@ Shapes  query [batch, head, query, dim]    key, value [batch, key_head, key, dim
 Run     uv run python implementations/attention/vendor.py
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from implementations.attention_basic import Mask, attention_naive, future
@@ -57,16 +53,6 @@ def attention_sdpa(
         scale=scale,
         enable_gqa=query.shape[-3] != key.shape[-3],
     )
-
-
-@contextmanager
-def fastest_attention(device: str) -> Iterator[None]:
-    """Inside, torch has cuDNN's attention alone to pick on a GPU, and its own choice elsewhere."""
-    if torch.device(device).type == "cpu":
-        yield
-        return
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        yield
 
 
 def main() -> None:

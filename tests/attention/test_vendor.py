@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from implementations.attention.vendor import attention_sdpa, fastest_attention
+from implementations.attention.vendor import attention_sdpa
 from implementations.attention_basic import attention_naive
 from implementations.lab.compare import assert_same_function
 
@@ -42,18 +42,3 @@ def test_bad_input_is_a_sentence():
     query, key = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="causal attention needs queries <= keys, got 5 > 3"):
         attention_sdpa(query, key, key, causal=True)
-
-
-def test_on_a_gpu_only_cudnn_is_left_and_only_inside():
-    """Torch says which kernels it may pick; on a CPU nothing is changed."""
-
-    def allowed():
-        flags = torch.backends.cuda
-        return flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled(), flags.math_sdp_enabled()
-
-    before = allowed()
-    with fastest_attention("cpu"):
-        assert allowed() == before
-    with fastest_attention("cuda:0"):
-        assert allowed() == (True, False, False)
-    assert allowed() == before != (True, False, False)

@@ -1,6 +1,6 @@
 """Can a transformer learn to see from a few thousand pictures?
 
-A vision transformer, a convolutional network of the same size and a linear model of the pixels
+A vision transformer, a convolutional network somewhat smaller and a linear model of the pixels
 learn the digits of MNIST-5k (4,000 to learn from) and OpenMoji's ten categories (1,502). The two
 networks see every picture moved, turned and scaled anew in each batch; the linear model sees it as
 it is. OpenMoji's variants of one picture are never on both sides.
@@ -124,7 +124,7 @@ def draw(results: dict[str, dict[str, Float[Tensor, " seed"]]], chances: dict[st
         axes.axhline(chances[data], color="black", linestyle=":", label="the commonest class")
         axes.set_xticks(range(len(found)), [title.replace(" net", "\nnet") for title in found])
         axes.set(title=NAMES[data], ylabel="test pictures named", ylim=(0, 1.02))
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.12))
         axes.grid(axis="y", alpha=0.3)
     figure.tight_layout()
 

@@ -1,7 +1,7 @@
 """How fast does a readable vision transformer train?
 
 A training step (forward, backward, fused AdamW; bfloat16 autocast) on random pictures, in turn with
-transformers' ViT of the same sizes and the same attention kernel, cuDNN's where there is one. On a
+transformers' ViT of the same sizes, attention being the kernel that torch chooses for either. On a
 GPU at the shape of ViT-S/16, 224 x 224 pixels, both through torch.compile. On a CPU at a small
 shape and not compiled, which says little about a GPU.
 
@@ -16,7 +16,7 @@ import torch
 from transformers import ViTConfig as TheirConfig
 from transformers import ViTForImageClassification
 
-from implementations.attention.vendor import attention_sdpa, fastest_attention
+from implementations.attention.vendor import attention_sdpa
 from implementations.lab.findings import Finding, at_least, equals
 from implementations.lab.script import run
 from implementations.lab.timing import time_interleaved
@@ -71,8 +71,7 @@ def main(config: Config) -> list[Finding]:
         "ours": training_step(ours, ours.parameters(), **how),
         "transformers": training_step(lambda x: theirs(x).logits, theirs.parameters(), **how),
     }
-    with fastest_attention(config.device):
-        timings = time_interleaved(steps, pixels, labels, rounds=config.rounds)
+    timings = time_interleaved(steps, pixels, labels, rounds=config.rounds)
     what = "a small ViT" if config.device == "cpu" else "ViT-S/16, compiled"
     findings = [
         Finding("parameters of the model", parameters[0]),

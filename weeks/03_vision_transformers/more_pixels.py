@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from implementations.lab.findings import Finding, at_least, equals
+from implementations.lab.findings import Finding, at_least, equals, over_seeds
 from implementations.lab.script import run
 from implementations.models.picture_classifier import (
     ClassifierConfig,
@@ -104,13 +104,11 @@ def main(config: Config) -> list[Finding]:
     found = measure(config, tests)
     draw(found, config.sizes)
     findings = []
-    several = {"seeds": config.seeds} if config.seeds > 1 else {}
     for name, right in found.items():
         for size in (28, *(size for size in (42, 56) if size in tests)):
             column = right[:, config.sizes.index(size)]
-            noise = several | ({"spread": column.std().item()} if several else {})
             claim = f"{name}: digits named at {size} x {size}"
-            findings.append(Finding(claim, column.mean().item(), **noise))
+            findings.append(Finding(claim, **over_seeds(column)))
     larger = [i for i, size in enumerate(config.sizes) if size > 28]
     if larger:
         gain = (found["learned"] - found[CARELESS])[:, larger].mean().item()

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from implementations.lab.findings import Finding, at_least, within
+from implementations.lab.findings import Finding, at_least, over_seeds, within
 from implementations.lab.script import run
 from implementations.lab.timing import time_interleaved
 from implementations.models.picture_classifier import (
@@ -116,11 +116,9 @@ def main(config: Config) -> list[Finding]:
     draw(config.patches, right, seconds)
 
     findings = []
-    several = {"seeds": config.seeds} if config.seeds > 1 else {}
     for patch, column in zip(config.patches, right.T, strict=True):
-        noise = several | ({"spread": column.std().item()} if several else {})
         claim = f"patches of {patch}: test digits named"
-        findings.append(Finding(claim, column.mean().item(), **noise))
+        findings.append(Finding(claim, **over_seeds(column)))
         claim = f"patches of {patch}: multiplications a picture, forward"
         findings.append(Finding(claim, multiplications(settings[patch])))
     source = "Dosovitskiy et al. 2020, section 4.1"

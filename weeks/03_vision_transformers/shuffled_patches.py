@@ -17,12 +17,13 @@ Run     uv run python weeks/03_vision_transformers/shuffled_patches.py
 """
 
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from implementations.lab.findings import Finding, at_least, at_most, equals
+from implementations.lab.findings import Finding, at_least, at_most, equals, over_seeds
 from implementations.lab.script import run
 from implementations.layers.patch_embedding import join_patches, split_patches
 from implementations.models.picture_classifier import (
@@ -54,15 +55,6 @@ def mixed(pixels: Tensor, patch: int) -> Tensor:
     return join_patches(shuffled, patch, pixels.shape[-2] // patch)
 
 
-def spread(values: list[float]) -> dict[str, float | int]:
-    several = len(values) > 1
-    return {"spread": torch.tensor(values).std().item(), "seeds": len(values)} if several else {}
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def draw(pixels: Tensor, whole: dict[str, list[float]], parts: dict[str, list[float]]) -> None:
     """A digit and what a mixed one looks like; accuracies on both."""
     _, (left, right) = plt.subplots(
@@ -73,7 +65,7 @@ def draw(pixels: Tensor, whole: dict[str, list[float]], parts: dict[str, list[fl
     left.axvline(27.5, color="C3")
     left.set(xticks=[], yticks=[], title="a digit, and its patches mixed")
     for shift, (title, found) in enumerate({"whole": whole, "mixed": parts}.items()):
-        heights = [mean(values) for values in found.values()]
+        heights = [fmean(values) for values in found.values()]
         places = [place + 0.4 * shift for place in range(len(found))]
         right.bar(places, heights, width=0.4, label=title, alpha=0.7)
         for place, values in zip(places, found.values(), strict=True):
@@ -107,10 +99,10 @@ def main(config: Config) -> list[Finding]:
     findings = [Finding(claim, moved, expected=equals(0.0), source=source)]
     for position in POSITIONS:
         claim = f"positions {position}: whole test digits named"
-        findings.append(Finding(claim, mean(whole[position]), **spread(whole[position])))
+        findings.append(Finding(claim, **over_seeds(whole[position])))
         if position != "none":
             claim = f"positions {position}: mixed test digits named"
-            findings.append(Finding(claim, mean(parts[position]), **spread(parts[position])))
+            findings.append(Finding(claim, **over_seeds(parts[position])))
     for title, kind in {
         "learned positions": {"position": "learned"},
         "convolutional network": {"model": "convolutional"},
@@ -124,11 +116,11 @@ def main(config: Config) -> list[Finding]:
                 [accuracy(one, train_or_load(one, config.device).model, test) for one in runs]
             )
         claim = f"{title}: trained on digits all mixed in one way, named"
-        findings.append(Finding(claim, mean(right[1]), **spread(right[1])))
+        findings.append(Finding(claim, **over_seeds(right[1])))
         lost = [a - b for a, b in zip(*right, strict=True)]
         goal = at_most(0.02) if title == "learned positions" else at_least(0.02)
         claim = f"{title}: what that order costs, next to the true one"
-        findings.append(Finding(claim, mean(lost), goal=goal, **spread(lost)))
+        findings.append(Finding(claim, goal=goal, **over_seeds(lost)))
     return findings
 
 

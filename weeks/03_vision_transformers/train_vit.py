@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implementations.contrastive.probes import linear_probe
-from implementations.lab.findings import Finding, at_least, at_most
+from implementations.lab.findings import Finding, at_least, at_most, over_seeds
 from implementations.lab.script import run
 from implementations.models.picture_classifier import (
     ClassifierConfig,
@@ -91,12 +91,10 @@ def compare(config: Config, data: str) -> tuple[dict[str, Float[Tensor, " seed"]
         found[title] = torch.tensor(right, dtype=torch.float64)
         seconds[title] = sum(done.seconds for done in trained)
     for title, right in found.items():
-        several = len(right) > 1
-        noise = {"spread": right.std().item(), "seeds": len(right)} if several else {}
         goal = at_least(0.98) if (data, title) == ("mnist_5k", "transformer") else None
         rule = None if goal else at_least(chance)
         claim = f"{name}, {title}: test pictures named"
-        findings.append(Finding(claim, right.mean().item(), expected=rule, goal=goal, **noise))
+        findings.append(Finding(claim, expected=rule, goal=goal, **over_seeds(right)))
     lead = found["transformer"].mean() - found["convolutional network"].mean()
     source = "Dosovitskiy et al. 2020: not with few pictures"
     claim = f"{name}: the transformer leads the convolutional network by"

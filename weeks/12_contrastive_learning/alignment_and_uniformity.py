@@ -30,7 +30,7 @@ from implementations.contrastive.geometry import (
 from implementations.contrastive.named_pictures import as_floats, split_pictures
 from implementations.contrastive.probes import nearest_neighbours
 from implementations.contrastive.trained import STRONG, SimCLRConfig, train_or_load
-from implementations.lab.findings import Finding, at_least
+from implementations.lab.findings import Finding, at_least, over_seeds
 from implementations.lab.script import run
 
 MEASURES = ("alignment", "uniformity", "accuracy")
@@ -82,9 +82,7 @@ def main(config: Config) -> list[Finding]:
     findings = [Finding("uniformity of the sphere itself", uniformity_of_the_sphere(base.dim))]
     for name, values in found.items():
         for column, measure in enumerate(MEASURES):
-            noise = {"spread": values[:, column].std(ddof=1).item()} if len(values) > 1 else {}
-            value = values[:, column].mean().item()
-            findings.append(Finding(f"{name}: {measure}", value, seeds=len(values), **noise))
+            findings.append(Finding(f"{name}: {measure}", **over_seeds(values[:, column])))
     warm, cold = (found[f"temperature {t}"].mean(0) for t in (1.0, 0.1))
     rule = at_least(0.0) if config.steps >= 100 else None  # a few steps promise nothing
     source = "Wang & Liu 2020, section 4" if rule else ""

@@ -34,7 +34,7 @@ from implementations.contrastive.without_negatives import (
     align_and_spread,
     positives_only,
 )
-from implementations.lab.findings import Finding, at_least, at_most
+from implementations.lab.findings import Finding, at_least, at_most, over_seeds
 from implementations.lab.script import run
 from implementations.training.fit import fit
 
@@ -111,7 +111,6 @@ def main(config: Config) -> list[Finding]:
     findings = []
     for name in LOSSES:
         last = np.array(curves[name])[:, -1]
-        noise = {"spread": last.std(ddof=1).item()} if len(last) > 1 else {}
         rule, source = None, ""
         if config.steps >= 100:  # a few steps promise nothing
             rule = at_most(1.5) if name in COLLAPSE else at_least(SPREAD)
@@ -119,10 +118,7 @@ def main(config: Config) -> list[Finding]:
             source = "Chen & He 2020, figure 2" if name in COLLAPSE else "Wang & Isola 2020"
         source = source if rule else ""
         claim = f"{name}: effective rank of {DIM}"
-        value = last.mean().item()
-        findings.append(
-            Finding(claim, value, expected=rule, seeds=len(last), source=source, **noise)
-        )
+        findings.append(Finding(claim, expected=rule, source=source, **over_seeds(last)))
         findings.append(Finding(f"{name}: neighbours right", float(np.mean(scores[name]))))
     common = torch.bincount(test.category).max().item() / len(test.codes)
     return [*findings, Finding("the commonest category", common)]

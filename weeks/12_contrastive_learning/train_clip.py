@@ -27,7 +27,7 @@ from implementations.contrastive.clip import CLIP
 from implementations.contrastive.named_pictures import Reader, as_floats, split_pictures
 from implementations.contrastive.retrieval import ranks, recall, recalls_both_ways
 from implementations.contrastive.trained import CLIPConfig, reader, train_or_load
-from implementations.lab.findings import Finding, at_least
+from implementations.lab.findings import Finding, at_least, over_seeds
 from implementations.lab.script import run
 from implementations.sources.openmoji import OpenMoji
 
@@ -126,16 +126,11 @@ def main(config: Config) -> list[Finding]:
             goal = at_least(common) if name.startswith("zero-shot") else None
             rules = {"expected": None if name.startswith("training") else beats, "goal": goal}
             rules["source"] = "chance" if rules["expected"] else ""
-            findings.append(several(f"{title}: {name}", [x[name] for x in found[text]], **rules))
+            values = over_seeds(x[name] for x in found[text])
+            findings.append(Finding(f"{title}: {name}", **values, **rules))
     gain = [a[9] - b[9] for a, b in zip(curves["minilm"], curves["scratch"], strict=True)]
     claim = "MiniLM adds to recall@10, text to image"
-    return [*findings, several(claim, gain, goal=at_least(0.0))]
-
-
-def several(claim: str, values: list[float], **rules) -> Finding:
-    """The mean over seeds, and one standard deviation where there are several."""
-    noise = {"spread": float(np.std(values, ddof=1)), "seeds": len(values)} if values[1:] else {}
-    return Finding(claim, float(np.mean(values)), **noise, **rules)
+    return [*findings, Finding(claim, goal=at_least(0.0), **over_seeds(gain))]
 
 
 def draw(curves: dict, shot: dict, common: float, count: int) -> None:

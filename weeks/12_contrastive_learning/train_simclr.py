@@ -28,7 +28,7 @@ from implementations.contrastive.distinct import DistinctRows
 from implementations.contrastive.named_pictures import as_floats, split_pictures
 from implementations.contrastive.probes import linear_probe, nearest_neighbours
 from implementations.contrastive.trained import STRONG, SimCLRConfig, train_or_load, untrained
-from implementations.lab.findings import Finding, at_least
+from implementations.lab.findings import Finding, at_least, over_seeds
 from implementations.lab.script import run
 from implementations.training.fit import fit
 
@@ -97,9 +97,8 @@ def main(config: Config) -> list[Finding]:
     draw(found, common := torch.bincount(test.category).max().item() / len(test.codes))
     findings = [Finding("the commonest category", common)]
     for (probe, kind), scores in found.items():
-        several = len(scores) > 1 and kind != "pixels"  # a probe of pixels knows no seed
-        noise = {"spread": float(np.std(scores, ddof=1)), "seeds": len(scores)} if several else {}
-        findings.append(Finding(f"{kind}: {probe}", float(np.mean(scores)), **noise))
+        known = scores[:1] if kind == "pixels" else scores  # pixels know no seed
+        findings.append(Finding(f"{kind}: {probe}", **over_seeds(known)))
     for probe in PROBES:
         mean = {kind: float(np.mean(found[probe, kind])) for kind in KINDS}
         rule = at_least(0.0) if config.steps >= 100 else None  # a few steps promise nothing

@@ -5,9 +5,9 @@ OpenMoji's pictures alone, trained with the labels (its ten categories), and not
 reading pixels. Each time its features are frozen, and a linear probe and the nearest neighbours
 tell the category of pictures from families never seen.
 
-Expected: SimCLR's features beat random ones under both probes. Hoped for: they come near the
-supervised ones. Reported beside them: how pixels do, which for drawings in few plain colours are
-not a weak baseline.
+Hoped for: SimCLR's features beat random ones under both probes, as Chen et al. found with a million
+photographs, and come near the supervised ones. Reported beside them: how pixels do, which for
+drawings in few plain colours are not a weak baseline.
 
 Data    OpenMoji, CC BY-SA 4.0
 Paper   Chen et al. 2020, arXiv:2002.05709
@@ -40,9 +40,9 @@ KINDS = ("pixels", "random weights", "SimCLR", "supervised")
 class Config:
     """Train one encoder without labels and one with them, and probe both."""
 
-    steps: int = 300
+    steps: int = 400
     """updates of each model"""
-    seeds: int = 2
+    seeds: int = 3
     """how often each model is trained"""
     batch: int = 128
     """pictures of a batch, each seen twice by SimCLR"""
@@ -101,12 +101,9 @@ def main(config: Config) -> list[Finding]:
         findings.append(Finding(f"{kind}: {probe}", **over_seeds(known)))
     for probe in PROBES:
         mean = {kind: float(np.mean(found[probe, kind])) for kind in KINDS}
-        rule = at_least(0.0) if config.steps >= 100 else None  # a few steps promise nothing
         gain = mean["SimCLR"] - mean["random weights"]
-        source = "Chen et al. 2020" if rule else ""
-        findings.append(
-            Finding(f"SimCLR over random weights, {probe}", gain, expected=rule, source=source)
-        )
+        claim = f"SimCLR over random weights, {probe}"
+        findings.append(Finding(claim, gain, goal=at_least(0.0), source="Chen et al. 2020"))
         gap = mean["SimCLR"] - mean["supervised"]
         claim = f"SimCLR over supervised, {probe}"
         findings.append(Finding(claim, gap, goal=at_least(-0.05)))

@@ -109,7 +109,7 @@ def draw(found: dict[str, np.ndarray], temperatures: int) -> None:
         axes.set(xlabel="alignment (0 is best)", ylabel="uniformity (low is best)")
         axes.set_title(f"{group[0].split()[0].capitalize()}: accuracy of neighbours")
         axes.grid(alpha=0.3)
-        axes.margins(0.15)
+        axes.margins(0.2)
 
 
 if __name__ == "__main__":

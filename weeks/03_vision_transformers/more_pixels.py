@@ -91,7 +91,7 @@ def draw(found: dict[str, Tensor], sizes: tuple[int, ...]) -> None:
     axes.set_xticks(sizes, [f"{size}\n{size // 7} x {size // 7}" for size in sizes])
     axes.set(xlabel="pixels of a side; patches", ylabel="test digits named", ylim=(0, 1))
     axes.set_title("Digits drawn with more pixels, patches of 7 x 7 (band: all seeds)")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
 
 

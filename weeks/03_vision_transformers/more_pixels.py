@@ -121,4 +121,4 @@ def main(config: Config) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    run(main, Config(), quick=Config(sizes=(28, 42), steps=8, seeds=1))
+    run(main, Config(), quick=Config(sizes=(28, 42), steps=2, seeds=1))

@@ -125,4 +125,4 @@ def main(config: Config) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    run(main, Config(), quick=Config(steps=8, seeds=1))
+    run(main, Config(), quick=Config(steps=2, seeds=1))

@@ -1,7 +1,7 @@
 """CLIP and SimCLR on OpenMoji for whoever needs one: trained small the first time, then read from
 the cache.
 
-    train_or_load(config) = the model that config describes, from a folder named by config's hash
+    train_or_load(config) = the model that config describes, from a folder named by config and code
 
 CLIP learns from pictures and their names, SimCLR from pictures alone. Batches, views and the
 language of a name are functions of the step, so a run that was stopped goes on.
@@ -11,8 +11,6 @@ Shapes  pixels [picture, 3, row, column] in [0, 1]
 Run     uv run python implementations/contrastive/trained.py
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,14 +34,13 @@ from implementations.contrastive.named_pictures import (
     split_pictures,
 )
 from implementations.contrastive.simclr import SimCLR, view_loss
-from implementations.lab.files import cache_folder
+from implementations.lab.files import run_folder
 from implementations.models.decoder import DecoderConfig
 from implementations.models.vision_transformer import VisionTransformer, ViTConfig
 from implementations.training.batches import raw_numbers
 from implementations.training.loop import train
 from implementations.training.settings import TrainingConfig
 
-RECIPE = 1  # another number where the code below would learn something else
 STREAM = 5 << 64  # of Philox's keys, for the languages
 MINILM_WIDTH = 384
 # A picture keeps its name when it is moved a little; its colour is often what it is named for.
@@ -161,8 +158,7 @@ def train_or_load(config: Tower, read: Reader | None = None, device: str = "cpu"
     """
     model = untrained(config).to(device)
     kind = type(config).__name__.removesuffix("Config").lower()
-    recipe = json.dumps({"recipe": RECIPE, "kind": kind, **asdict(config)}, sort_keys=True)
-    folder = cache_folder("runs", f"{kind}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}")
+    folder = run_folder(kind, asdict(config) | {"device": device})
     if kind == "clip":
         loss, read = pair_loss, read or reader(config)
     else:

@@ -6,8 +6,8 @@
 
 If nothing pushes pictures apart, "all are alike" is a perfect answer, and gradient descent finds
 it. InfoNCE's denominator pushes, and so does uniformity, which is that denominator by itself.
-SimSiam pushes nothing: it only does not let the target come to meet the prediction, and why that
-suffices is known for linear models alone.
+SimSiam pushes nothing: it only does not let the target come to meet the prediction. Why that
+suffices, where it does, is known for linear models alone.
 
 Paper   SimSiam: Chen & He 2020, arXiv:2011.10566, algorithm 1; why: Tian et al. 2021,
         arXiv:2102.06810; alignment and uniformity: Wang & Isola 2020, arXiv:2005.10242

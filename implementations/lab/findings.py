@@ -8,7 +8,8 @@ Run     uv run python implementations/lab/findings.py
 """
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,16 @@ class Finding:
             for name in ("expected", "goal")
         }
         return cls(**{key: value for key, value in record.items() if key != "holds"} | rules)
+
+
+def over_seeds(runs: Iterable[Any]) -> dict[str, Any]:
+    """A Finding's measurement of one quantity in several runs: mean, deviation, and how many.
+
+    Of one run there is no deviation, and nothing was repeated.
+    """
+    values = [float(value) for value in runs]
+    several = {"spread": statistics.stdev(values), "seeds": len(values)} if values[1:] else {}
+    return {"measured": statistics.fmean(values), **several}
 
 
 def number(value: Any) -> str:

@@ -1,6 +1,6 @@
 """A trained classifier of pictures for whoever needs one: trained once, then read from the cache.
 
-    train_or_load(config) = the model that config describes, from a folder named by config's hash
+    train_or_load(config) = the model that config describes, from a folder named by config and code
 
 Four thousand digits or fifteen hundred emoji are few: a vision transformer that sees them as they
 are learns them by heart. So every batch is moved, turned and scaled a little, each time anew, and
@@ -11,8 +11,6 @@ Shapes  pixels [picture, channel, row, column], 0 where the paper is
 Run     uv run python implementations/models/picture_classifier.py
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +26,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from implementations.attention.vendor import attention_sdpa
 from implementations.contrastive.augmentation import Augmentation, augment
-from implementations.lab.files import cache_folder, write_atomically
+from implementations.lab.files import run_folder, write_atomically
 from implementations.layers.patch_embedding import join_patches, split_patches
 from implementations.models.convolutional_network import ConvolutionalNetwork
 from implementations.models.vision_transformer import VisionTransformer, ViTConfig
@@ -38,7 +36,6 @@ from implementations.training.loop import train
 from implementations.training.rows import RandomRows
 from implementations.training.settings import TrainingConfig
 
-RECIPE = 2  # another number where the code below would learn something else
 STILL = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "background": 0.0}
 MOVES = {
     # A mirrored 2 is no 2; a mirrored apple is an apple, and mirrored letters are few.
@@ -161,8 +158,6 @@ def train_or_load(config: ClassifierConfig, device: str = "cpu") -> Trained:
             pixels = augment(pixels, MOVES[config.data], seed=config.seed, step=step)
         return prepared(config, pixels), labels
 
-    recipe = json.dumps({"recipe": RECIPE, **asdict(config)}, sort_keys=True)
-    name = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     settings = TrainingConfig(
         steps=config.steps,
         learning_rate=config.learning_rate,
@@ -174,7 +169,7 @@ def train_or_load(config: ClassifierConfig, device: str = "cpu") -> Trained:
         log_every=max(1, config.steps // 200),
         keep=1,
     )
-    folder = cache_folder("runs", f"classifier-{config.data}-{name}-{device.replace(':', '')}")
+    folder = run_folder(f"classifier-{config.data}", asdict(config) | {"device": device})
     with counted(folder / "processor_seconds") as spent:
         train(model, batch, settings, folder, loss=loss)
     return Trained(model.eval(), float(spent.read_text("utf-8")))

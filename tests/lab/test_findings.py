@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from implementations.lab.findings import (
     Finding,
@@ -12,6 +13,7 @@ from implementations.lab.findings import (
     equals,
     failed,
     number,
+    over_seeds,
     print_table,
     rows,
     within,
@@ -31,6 +33,13 @@ from implementations.lab.findings import (
 def test_rules(rule, keeps, breaks):
     assert all(rule.holds(value) for value in keeps)
     assert not any(rule.holds(value) for value in [*breaks, math.nan])
+
+
+def test_several_runs_are_a_mean_and_a_deviation():
+    """2, 4, 9: mean 5, squares 9 + 1 + 16 over two. A single run has no deviation."""
+    finding = Finding("accuracy", goal=at_least(4), **over_seeds(torch.tensor([2.0, 4.0, 9.0])))
+    assert (finding.measured, finding.spread, finding.seeds) == (5, math.sqrt(13), 3)
+    assert over_seeds([0.5]) == {"measured": 0.5}
 
 
 def test_an_expectation_fails_and_a_goal_does_not():

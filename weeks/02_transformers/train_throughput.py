@@ -11,12 +11,12 @@ Expected: for small GPTs on one H100, the best published figures lie between 39.
 Run     uv run python weeks/02_transformers/train_throughput.py --device cuda
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -25,6 +25,7 @@ from implementations.lab.findings import Finding, at_least
 from implementations.lab.script import run
 from implementations.lab.timing import time_interleaved
 from implementations.models.decoder import GPT2, Decoder, DecoderConfig
+from implementations.training.throughput import training_step
 from implementations.training.utilisation import flops_per_token, utilisation
 
 
@@ -65,27 +66,6 @@ def transformers_gpt2(shape: DecoderConfig) -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def training_step(
-    model: nn.Module, logits: Callable[[Tensor], Tensor], config: Config
-) -> Callable[[Tensor], None]:
-    """A whole update on one batch of tokens."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def loss(tokens: Tensor) -> Tensor:
-        with torch.autocast(config.device, torch.bfloat16):
-            scores = logits(tokens[:, :-1])
-        return nn.functional.cross_entropy(scores.flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-    forward = torch.compile(loss) if config.compiled else loss
-
-    def step(tokens: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        forward(tokens).backward()
-        optimizer.step()
-
-    return step
-
-
 @contextmanager
 def fastest_attention(device: str) -> Iterator[None]:
     """cuDNN's attention on a GPU, torch's choice elsewhere."""
@@ -104,12 +84,14 @@ def main(config: Config) -> list[Finding]:
     tokens = torch.randint(
         config.vocabulary, (config.batch, config.length + 1), device=config.device
     )
+    how = {"device": config.device, "compiled": config.compiled}
     steps = {
-        "ours": training_step(ours, ours, config),
-        "transformers": training_step(theirs, lambda tokens: theirs(tokens).logits, config),
+        "ours": training_step(ours, ours.parameters(), **how),
+        "transformers": training_step(lambda x: theirs(x).logits, theirs.parameters(), **how),
     }
+    batch = tokens[:, :-1], tokens[:, 1:]
     with fastest_attention(config.device):
-        timings = time_interleaved(steps, tokens, rounds=config.rounds, warmup=2)
+        timings = time_interleaved(steps, *batch, rounds=config.rounds, warmup=2)
 
     parameters = sum(p.numel() for p in ours.parameters())
     counted = parameters - ours.positions.table.numel()  # a lookup costs nothing

@@ -379,6 +379,13 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; see `flash_attention_triton` for what they are."""
+    with torch.cuda.device_of(query):  # Triton launches on the current GPU, wherever the data are
+        return launch_forward(query, key, value, causal, window, scale)
+
+
+def launch_forward(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, window: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
     (batch, heads, queries, dim), (key_heads, keys) = query.shape, key.shape[1:3]
     output, log_sum_exp = empty_results(query, key, value, causal, window, scale)
     query, key, value = map(fetchable, (query, key, value))
@@ -421,6 +428,23 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
+    saved = (query, key, value, output, log_sum_exp)
+    with torch.cuda.device_of(query):
+        return launch_backward(*saved, d_output, d_log_sum_exp, causal, window, scale)
+
+
+def launch_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    d_output: Tensor,
+    d_log_sum_exp: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     (batch, heads, queries, dim), (key_heads, keys) = query.shape, key.shape[1:3]
     d_query, d_key, d_value = (empty_like(x) for x in (query, key, value))
     query, key, value, output, d_output = map(fetchable, (query, key, value, output, d_output))

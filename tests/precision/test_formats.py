@@ -205,7 +205,7 @@ def test_toward_zero_keeps_the_leading_bits(target):
 @pytest.mark.parametrize("where", ["normal", "subnormal"])
 @pytest.mark.parametrize("target", (TF32, *NARROW), **by_name)
 def test_stochastic_rounding_goes_up_as_often_as_it_should(target, where):
-    """Counts of 200,000 draws within 5 standard deviations: one false alarm in 1.7 million counts."""
+    """Counts of 200,000 draws within 5 standard deviations: a false alarm in 1.7 million."""
     draws, generator = 200_000, torch.Generator().manual_seed(1)
     # A word with neighbours on both sides, and a quarter, or an eighth, of the way to the next one.
     word = 3 if where == "subnormal" else (target.bias << target.fraction_bits) + 1

@@ -13,6 +13,7 @@ Run     uv run python implementations/attention/multi_head.py
 """
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -20,6 +21,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from implementations.attention_basic import Mask, attention_naive
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """Keys and values of the tokens before, as serving/kv_cache.py keeps them."""
+
+    length: int
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, the new ones last."""
 
 
 class MultiHeadAttention(nn.Module):
@@ -33,7 +44,7 @@ class MultiHeadAttention(nn.Module):
         bias: whether the four projections have one.
         attention: any function with the signature of `attention_naive`.
         rotate: applied to queries and to keys when they are split into heads: rotary positions,
-            say.
+            say. After a cache it is given the positions too.
 
     Raises:
         ValueError: `heads` does not divide `width`, or `key_value_heads` does not divide `heads`.
@@ -47,7 +58,7 @@ class MultiHeadAttention(nn.Module):
         *,
         bias: bool = True,
         attention: Callable[..., Tensor] = attention_naive,
-        rotate: Callable[[Tensor], Tensor] | None = None,
+        rotate: Callable[..., Tensor] | None = None,
     ):
         super().__init__()
         key_value_heads = heads if key_value_heads is None else key_value_heads
@@ -68,31 +79,50 @@ class MultiHeadAttention(nn.Module):
         *,
         causal: bool = False,
         mask: Mask | None = None,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "batch query width"]:
-        """Attend from `x` to `context`, or to `x` itself. A mask is True where a query may look."""
-        heads = self.attention(*self.project(x, context), causal=causal, mask=mask)
+        """Attend from `x` to `context`, or to `x` itself. A mask is True where a query may look.
+
+        With a cache, `x` continues the text whose keys it holds, and is added to it.
+
+        Raises:
+            ValueError: a context together with a cache.
+        """
+        if cache is None:
+            query, key, value = self.project(x, context)
+        elif context is None:
+            query, key, value = self.project(x, start=cache.length)
+            key, value = cache.append(key, value)
+        else:
+            raise ValueError("a cache holds the text's own keys: it cannot serve a context")
+        heads = self.attention(query, key, value, causal=causal, mask=mask)
         return self.output(rearrange(heads, "batch head query dim -> batch query (head dim)"))
 
     def project(
         self,
         x: Float[Tensor, "batch query width"],
         context: Float[Tensor, "batch key width"] | None = None,
+        start: int = 0,
     ) -> tuple[
         Float[Tensor, "batch head query dim"],
         Float[Tensor, "batch key_head key dim"],
         Float[Tensor, "batch key_head key dim"],
     ]:
-        """Queries of `x`, keys and values of `context`; head i is the i-th slice of the width."""
+        """Queries of `x`, keys and values of `context`; head i is the i-th slice of the width.
+
+        `start` is how many tokens stand before: rotation counts its positions from there.
+        """
         context = x if context is None else context
         query, key, value = (
             rearrange(y, "batch token (head dim) -> batch head token dim", dim=self.dim)
             for y in (self.query(x), self.key(context), self.value(context))
         )
-        return (
-            (query, key, value)
-            if self.rotate is None
-            else (self.rotate(query), self.rotate(key), value)
-        )
+        if self.rotate is None:
+            return query, key, value
+        if start == 0:
+            return self.rotate(query), self.rotate(key), value
+        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        return self.rotate(query, positions), self.rotate(key, positions), value
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, **options) -> "MultiHeadAttention":

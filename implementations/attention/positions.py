@@ -80,19 +80,19 @@ class LearnedPositions(nn.Module):
         self.table = nn.Parameter(0.02 * torch.randn(count, width))  # GPT-2's and BERT's scale
 
     def forward(
-        self, x: Float[Tensor, "*batch token width"]
+        self, x: Float[Tensor, "*batch token width"], start: int = 0
     ) -> Float[Tensor, "*batch token width"]:
-        """x plus the first rows of the table.
+        """x plus the rows of the table after `start` tokens that were read before.
 
         Raises:
             ValueError: more tokens than positions, or another width than the table's.
         """
-        (count, width), tokens = self.table.shape, x.shape[-2]
-        if tokens > count:
-            raise ValueError(f"{tokens} tokens do not fit into {count} learned positions")
+        (count, width), end = self.table.shape, start + x.shape[-2]
+        if end > count:
+            raise ValueError(f"{end} tokens do not fit into {count} learned positions")
         if x.shape[-1] != width:
             raise ValueError(f"the positions have width {width}, the tokens {x.shape[-1]}")
-        return x + self.table[:tokens]
+        return x + self.table[start:end]
 
 
 def rotate_interleaved(

@@ -38,6 +38,7 @@ from implementations.layers.feed_forward import FeedForward, SwiGLU, gelu_tanh
 from implementations.layers.layer_norm import LayerNorm
 from implementations.layers.rms_norm import RMSNorm
 from implementations.models.parameter_names import from_published, to_published
+from implementations.serving.kv_cache import KeyValueCache
 from implementations.sources.weights import smollm2_weights
 
 LLAMA_NAMES = {
@@ -194,26 +195,53 @@ class Decoder(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / scale)
 
     def forward(
-        self, tokens: Int[Tensor, "batch token"]
+        self, tokens: Int[Tensor, "batch token"], cache: KeyValueCache | None = None
     ) -> Float[Tensor, "batch token vocabulary"]:
         """Scores of the next token after each token.
 
+        With a cache, `tokens` continue the text that it holds, and are added to it.
+
         Raises:
-            ValueError: the text is longer than the model's positions.
+            ValueError: the text is longer than the model's positions or than the cache, or the
+                cache has another size than the model.
         """
-        hidden = self.hidden(tokens)
+        hidden = self.hidden(tokens, cache)
         return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
 
-    def hidden(self, tokens: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token width"]:
+    def hidden(
+        self, tokens: Int[Tensor, "batch token"], cache: KeyValueCache | None = None
+    ) -> Float[Tensor, "batch token width"]:
         """The last hidden states, normalised: what the logits are read from."""
-        if tokens.shape[1] > self.config.positions:
-            longest = self.config.positions
-            raise ValueError(f"the model reads at most {longest} tokens, got {tokens.shape[1]}")
+        start = 0 if cache is None else cache.length
+        longest, length = self.config.positions, start + tokens.shape[1]
+        if length > longest:
+            raise ValueError(f"the model reads at most {longest} tokens, got {length}")
+        if cache is not None and len(cache.layers) != len(self.blocks):
+            layers = f"{len(cache.layers)} layers, the model {len(self.blocks)}"
+            raise ValueError(f"the cache has {layers}")
         x = self.embedding(tokens)
-        x = self.dropout(x if self.positions is None else self.positions(x))
-        for block in self.blocks:
-            x = block(x, causal=True)
+        x = self.dropout(x if self.positions is None else self.positions(x, start))
+        for i, block in enumerate(self.blocks):
+            cached = {} if cache is None else {"cache": cache.layers[i]}
+            x = block(x, causal=True, **cached)
         return self.norm(x)
+
+    def empty_cache(self, batch: int, capacity: int) -> KeyValueCache:
+        """Room for the keys and values of `batch` texts of `capacity` tokens, as the weights are.
+
+        Raises:
+            ValueError: a size is below 1.
+        """
+        config, weight = self.config, self.embedding.weight
+        return KeyValueCache.empty(
+            config.layers,
+            batch,
+            config.key_value_heads or config.heads,
+            capacity,
+            config.width // config.heads,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
 
     @classmethod
     def from_smollm2(cls, attention: Callable[..., Tensor] = attention_naive) -> "Decoder":

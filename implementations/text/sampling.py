@@ -170,8 +170,8 @@ def generate(
     generators: Sequence[torch.Generator] | None = None,
     stop: int | None = None,
 ) -> Int[Tensor, "batch total"]:
-    """The prompts, equally long, with up to `count` tokens after each. Nothing is cached: every
-    step reads the whole text again.
+    """The prompts, equally long, with up to `count` tokens after each. Every step hands the whole
+    text to the model, which reads all of it again unless it is a `CachedDecoder`.
 
     Args:
         model: maps tokens [batch, token] to logits [batch, token, vocabulary].

@@ -137,6 +137,14 @@ def test_zeros_constants_and_nothing(bits, symmetric):
     assert back(torch.randn(2, 3, 8).bfloat16()).shape == (2, 3, 8)
 
 
+def test_a_scale_among_fp16s_subnormals_stays_within_its_words():
+    """1.49 smallest numbers become one: 22 steps of it are needed, and 15 there are."""
+    smallest = 2.0**-24
+    stored = quantize(torch.tensor([-15 * 1.49 * smallest, 0.0]), 4, 2)
+    assert stored.scale.tolist() == [smallest] and stored.zero.tolist() == [15]
+    assert dequantize(stored).tolist() == [-15 * smallest, 0.0]
+
+
 BAD = {
     "bits": (torch.ones(8), 3, 4, "8 or 4 bits"),
     "width": (torch.ones(9), 8, 4, "do not fill"),

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from implementations.serving.block_manager import BlockManager, OutOfBlocks, Text
 
-PAGE, BLOCKS = 3, 12
+PAGE, BLOCKS = 3, 24
 # Two letters: equal blocks after different starts, and equal starts, are both frequent.
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=11)
 
@@ -95,17 +95,19 @@ class Manager(RuleBasedStateMachine):
         self.manager.free(text)
         del self.dense[text]
 
-    @rule()
-    def evict(self):
-        """A text that takes every idle block and leaves: nothing that was idle can be found."""
-        idle, found = set(self.manager.idle), dict(self.manager.found)
-        if idle:
-            self.evictions += 1
-            text, known = self.manager.allocate([1 + self.evictions] * len(idle) * PAGE)
-            assert known == 0 and not self.manager.idle
-            self.store.write(text, 0)
-            self.manager.free(text)
-            assert all((block in idle) != (d in self.manager.found) for d, block in found.items())
+    @precondition(lambda self: self.manager.idle)
+    @rule(data=st.data())
+    def evict(self, data):
+        """A text like no other takes some idle blocks and leaves: the longest idle are lost."""
+        idle, found = list(self.manager.idle), dict(self.manager.found)
+        count = data.draw(st.integers(1, len(idle)))
+        self.evictions += 1
+        text, known = self.manager.allocate([1 + self.evictions] * count * PAGE)
+        assert known == 0 and text.table == idle[:count]
+        self.store.write(text, 0)
+        self.manager.free(text)
+        for digest, block in found.items():
+            assert (digest in self.manager.found) == (block not in text.table)
 
     @invariant()
     def every_text_reads_as_its_dense_copy(self):
@@ -216,6 +218,13 @@ def test_the_longest_idle_goes_first_and_of_a_text_its_end():
     assert known == 0 and text.table == [0]  # the last token is read, into the last idle block
     with pytest.raises(OutOfBlocks, match="1 blocks are needed, 0 of 4 are idle"):
         manager.allocate([1])
+
+
+def test_an_evicted_block_cannot_be_found():
+    manager = BlockManager(2, 2)
+    manager.free(manager.allocate([1, 1])[0])
+    manager.free(manager.allocate([5, 5, 6])[0])  # takes both blocks
+    assert manager.allocate([1, 1, 0])[1] == 0
 
 
 def test_blocks_that_nobody_can_find_are_taken_first():

@@ -101,6 +101,16 @@ def query_bounds(
 
 
 @triton.jit
+def own_tile(rows, heads, REVERSED: tl.constexpr, SIZE: tl.constexpr):
+    """What this program works on: batch times head, batch, head, and the first row of its tile."""
+    tiles = tl.cdiv(rows, SIZE)
+    plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if REVERSED:
+        tile = tiles - 1 - tile
+    return plane, plane // heads, plane % heads, tile * SIZE
+
+
+@triton.jit
 def attend(
     o, peak, mass, q, key, value, batch, head, start, stop, position, keys, window,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
@@ -133,13 +143,8 @@ def forward_kernel(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head; when causal, those that see the most keys first."""
-    tiles = tl.cdiv(queries, QUERIES)
-    plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile
-    batch, head = plane // heads, plane % heads
-    first, shift = tile * QUERIES, keys - queries
-    row = first + tl.arange(0, QUERIES)
+    plane, batch, head, first = own_tile(queries, heads, CAUSAL, QUERIES)
+    row, shift = first + tl.arange(0, QUERIES), keys - queries
     bounds = key_bounds(first, shift, keys, window, CAUSAL, WINDOW, QUERIES, KEYS)
     q = query.load([batch, head, first, 0]).reshape(QUERIES, DIM)
     o = tl.zeros([QUERIES, DIM], WIDE)
@@ -167,10 +172,9 @@ def delta_kernel(
     heads, queries, QUERIES: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Δ = rowsum(dO ∘ O) - dL: what the softmax of each row takes off its dP."""
-    tiles = tl.cdiv(queries, QUERIES)
-    plane, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * QUERIES
+    plane, batch, head, first = own_tile(queries, heads, False, QUERIES)
     row = first + tl.arange(0, QUERIES)
-    place = [plane // heads, plane % heads, first, 0]
+    place = [batch, head, first, 0]
     o = output.load(place).reshape(QUERIES, DIM).to(WIDE)
     do = d_output.load(place).reshape(QUERIES, DIM).to(WIDE)
     at, inside = delta + plane.to(tl.int64) * queries + row, row < queries
@@ -220,9 +224,7 @@ def key_kernel(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys, summed over the query heads that share it."""
-    tiles = tl.cdiv(keys, KEYS)
-    plane, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * KEYS
-    batch, key_head = plane // key_heads, plane % key_heads
+    _, batch, key_head, first = own_tile(keys, key_heads, False, KEYS)
     column, shift = first + tl.arange(0, KEYS), keys - queries
     bounds = query_bounds(first, shift, queries, keys, window, CAUSAL, WINDOW, QUERIES, KEYS)
     k = key.load([batch, key_head, first, 0]).reshape(KEYS, DIM)
@@ -272,13 +274,8 @@ def query_kernel(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries."""
-    tiles = tl.cdiv(queries, QUERIES)
-    plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile
-    batch, head = plane // heads, plane % heads
-    first, shift = tile * QUERIES, keys - queries
-    row = first + tl.arange(0, QUERIES)
+    plane, batch, head, first = own_tile(queries, heads, CAUSAL, QUERIES)
+    row, shift = first + tl.arange(0, QUERIES), keys - queries
     bounds = key_bounds(first, shift, keys, window, CAUSAL, WINDOW, QUERIES, KEYS)
     q = query.load([batch, head, first, 0]).reshape(QUERIES, DIM)
     do = d_output.load([batch, head, first, 0]).reshape(QUERIES, DIM)
@@ -379,31 +376,25 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; see `flash_attention_triton` for what they are."""
-    with torch.cuda.device_of(query):  # Triton launches on the current GPU, wherever the data are
-        return launch_forward(query, key, value, causal, window, scale)
-
-
-def launch_forward(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, window: int | None, scale: float
-) -> tuple[Tensor, Tensor]:
     (batch, heads, queries, dim), (key_heads, keys) = query.shape, key.shape[1:3]
     output, log_sum_exp = empty_results(query, key, value, causal, window, scale)
     query, key, value = map(fetchable, (query, key, value))
     constants = settings(query, causal, window, scale)
     tiles, padded = forward_tiles(dim, query.element_size(), keys), constants["DIM"]
-    forward_kernel[(batch * heads * triton.cdiv(queries, tiles.queries),)](
-        tile_of(query, tiles.queries, padded),
-        tile_of(key, tiles.keys, padded),
-        tile_of(value, tiles.keys, padded),
-        tile_of(output, tiles.queries, padded),
-        log_sum_exp,
-        *(heads, heads // key_heads, queries, keys, window or 0),
-        **constants,
-        QUERIES=tiles.queries,
-        KEYS=tiles.keys,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    with torch.cuda.device_of(query):  # Triton launches on the current GPU
+        forward_kernel[(batch * heads * triton.cdiv(queries, tiles.queries),)](
+            tile_of(query, tiles.queries, padded),
+            tile_of(key, tiles.keys, padded),
+            tile_of(value, tiles.keys, padded),
+            tile_of(output, tiles.queries, padded),
+            log_sum_exp,
+            *(heads, heads // key_heads, queries, keys, window or 0),
+            **constants,
+            QUERIES=tiles.queries,
+            KEYS=tiles.keys,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
     return output, log_sum_exp
 
 
@@ -428,69 +419,55 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    saved = (query, key, value, output, log_sum_exp)
-    with torch.cuda.device_of(query):
-        return launch_backward(*saved, d_output, d_log_sum_exp, causal, window, scale)
-
-
-def launch_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    d_output: Tensor,
-    d_log_sum_exp: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
     (batch, heads, queries, dim), (key_heads, keys) = query.shape, key.shape[1:3]
     d_query, d_key, d_value = (empty_like(x) for x in (query, key, value))
     query, key, value, output, d_output = map(fetchable, (query, key, value, output, d_output))
     constants, size = settings(query, causal, window, scale), query.element_size()
     padded, exact = constants["DIM"], constants["WIDE"]
-    delta = torch.zeros_like(log_sum_exp) if d_log_sum_exp is None else d_log_sum_exp.clone()
-    delta = delta.contiguous()
+    if d_log_sum_exp is None:
+        delta = torch.zeros_like(log_sum_exp)
+    else:
+        delta = d_log_sum_exp.clone(memory_format=torch.contiguous_format)
     rows = 64 if size == 2 else 16
-    delta_kernel[(batch * heads * triton.cdiv(queries, rows),)](
-        tile_of(output, rows, padded),
-        tile_of(d_output, rows, padded),
-        *(delta, heads, queries),
-        QUERIES=rows,
-        DIM=padded,
-        WIDE=exact,
-    )
-    sizes = (heads // key_heads, queries, keys, window or 0)
-    tiles = key_tiles(dim, size)
-    key_kernel[(batch * key_heads * triton.cdiv(keys, tiles.keys),)](
-        tile_of(query, tiles.queries, padded),
-        tile_of(key, tiles.keys, padded),
-        tile_of(value, tiles.keys, padded),
-        tile_of(d_output, tiles.queries, padded),
-        tile_of(d_key, tiles.keys, padded),
-        tile_of(d_value, tiles.keys, padded),
-        *(log_sum_exp, delta, key_heads, *sizes),
-        **constants,
-        QUERIES=tiles.queries,
-        KEYS=tiles.keys,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    tiles = query_tiles(dim, size)
-    query_kernel[(batch * heads * triton.cdiv(queries, tiles.queries),)](
-        tile_of(query, tiles.queries, padded),
-        tile_of(key, tiles.keys, padded),
-        tile_of(value, tiles.keys, padded),
-        tile_of(d_output, tiles.queries, padded),
-        tile_of(d_query, tiles.queries, padded),
-        *(log_sum_exp, delta, heads, *sizes),
-        **constants,
-        QUERIES=tiles.queries,
-        KEYS=tiles.keys,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    with torch.cuda.device_of(query):  # Triton launches on the current GPU
+        delta_kernel[(batch * heads * triton.cdiv(queries, rows),)](
+            tile_of(output, rows, padded),
+            tile_of(d_output, rows, padded),
+            *(delta, heads, queries),
+            QUERIES=rows,
+            DIM=padded,
+            WIDE=exact,
+        )
+        sizes = (heads // key_heads, queries, keys, window or 0)
+        tiles = key_tiles(dim, size)
+        key_kernel[(batch * key_heads * triton.cdiv(keys, tiles.keys),)](
+            tile_of(query, tiles.queries, padded),
+            tile_of(key, tiles.keys, padded),
+            tile_of(value, tiles.keys, padded),
+            tile_of(d_output, tiles.queries, padded),
+            tile_of(d_key, tiles.keys, padded),
+            tile_of(d_value, tiles.keys, padded),
+            *(log_sum_exp, delta, key_heads, *sizes),
+            **constants,
+            QUERIES=tiles.queries,
+            KEYS=tiles.keys,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+        tiles = query_tiles(dim, size)
+        query_kernel[(batch * heads * triton.cdiv(queries, tiles.queries),)](
+            tile_of(query, tiles.queries, padded),
+            tile_of(key, tiles.keys, padded),
+            tile_of(value, tiles.keys, padded),
+            tile_of(d_output, tiles.queries, padded),
+            tile_of(d_query, tiles.queries, padded),
+            *(log_sum_exp, delta, heads, *sizes),
+            **constants,
+            QUERIES=tiles.queries,
+            KEYS=tiles.keys,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
     return d_query, d_key, d_value
 
 

@@ -10,6 +10,7 @@ place is counted from the text's start, not from what is new: rotary and learned
 where the cache ends.
 
 Paper   Pope et al. 2022, arXiv:2211.05102, section 2.1; Shazeer 2019, arXiv:1911.02150, section 2.4
+Static  static_cache.py: passes of one shape, for torch.compile and CUDA graphs
 Shapes  key, value [batch, key_head, token, dim]    tokens [batch, token]
 Run     uv run python implementations/serving/kv_cache.py
 """

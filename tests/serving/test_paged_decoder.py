@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 
 from implementations.attention.paged import attention_paged, gather_pages
+from implementations.attention.paged_triton import attention_paged_triton
+from implementations.attention.vendor import attention_sdpa
+from implementations.lab.compare import allowed, error
 from implementations.models.decoder import Decoder, DecoderConfig
 from implementations.serving.block_manager import BlockManager, Text
-from implementations.serving.kv_cache import KeyValueCache, LayerCache
+from implementations.serving.kv_cache import CachedDecoder, KeyValueCache, LayerCache
+from implementations.sources.text import bible_verses
+from implementations.sources.weights import smollm2_tokenizer
 from implementations.text.sampling import generate
 
 CONFIG = DecoderConfig(
@@ -46,8 +51,9 @@ class Server:
 
     @classmethod
     def make(cls, decoder: Decoder, page: int, blocks: int) -> "Server":
-        shape = (2, blocks, page, CONFIG.key_value_heads, CONFIG.width // CONFIG.heads)
-        pages = [torch.full(shape, torch.nan).double() for _ in decoder.blocks]
+        config, dtype = decoder.config, decoder.embedding.weight.dtype
+        shape = (2, blocks, page, config.key_value_heads, config.width // config.heads)
+        pages = [torch.full(shape, torch.nan, dtype=dtype) for _ in decoder.blocks]
         return cls(decoder, BlockManager(blocks, page), pages)
 
     def read(self, text: Text, start: int) -> int:
@@ -85,31 +91,34 @@ def decoder() -> Decoder:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("page", [1, 4, 16, 64])
+@pytest.mark.parametrize("page", [1, 4, 16, 64, 256])
 def test_the_same_text_with_full_and_partial_prefixes(decoder, page):
-    """Prompts alone, one again, one that parts in the middle: what a dense decoder writes."""
-    prompts = torch.randint(97, (4, 20))
-    prompts[2] = prompts[0]
-    prompts[3, :10] = prompts[1, :10]
+    """Forty prompts: twenty alone, ten of them again, ten others up to the middle. Each is what a
+    dense decoder writes."""
+    prompts = torch.randint(97, (40, 20))
+    prompts[20:30] = prompts[:10]
+    prompts[30:, :10] = prompts[10:20, :10]
     expected = generate(decoder, prompts, LENGTH)
-    server = Server.make(decoder, page, 4 * (-(-32 // page) + 1))
+    server = Server.make(decoder, page, 40 * (-(-32 // page) + 1))
     texts, known = zip(*(server.begin(prompt) for prompt in prompts.tolist()), strict=True)
-    assert known == (0, 0, 19 // page * page, 10 // page * page)
+    assert all(length == 19 // page * page for length in known[20:30])
+    assert all(length >= 10 // page * page for length in known[30:])
     server.go_on(list(texts), 20 + LENGTH)
     assert [text.tokens for text in texts] == expected.tolist()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("page", [1, 4, 16])
+@pytest.mark.parametrize("page", [1, 4, 16, 64, 256])
 def test_forks_write_what_they_would_alone(decoder, page):
-    """Three forks in the middle of a page, pushed apart by a token each."""
-    prompt = torch.randint(97, (1, 10))
-    server = Server.make(decoder, page, 4 * (-(-22 // page) + 1))
-    text, _ = server.begin(prompt[0].tolist())
-    server.read(text, 10)
-    texts = [text, *(server.manager.fork(text) for _ in range(2))]
-    for fork, token in zip(texts, (5, 6, 7), strict=True):
-        server.append(fork, token)
+    """Forty texts: twenty prompts, each forked in the middle of a page and pushed apart."""
+    server = Server.make(decoder, page, 41 * (-(-22 // page) + 1))
+    texts = []
+    for prompt in torch.randint(97, (20, 10)).tolist():
+        text, _ = server.begin(prompt)
+        server.read(text, 10)
+        for fork, token in ((text, 5), (server.manager.fork(text), 6)):
+            texts.append(fork)
+            server.append(fork, token)
     starts = torch.tensor([fork.tokens for fork in texts])
     server.go_on(texts, 12 + LENGTH - 2)
     assert [fork.tokens for fork in texts] == generate(decoder, starts, LENGTH - 2).tolist()
@@ -150,3 +159,107 @@ def test_a_batch_of_ragged_texts_attends_in_one_call(decoder):
             query[i, None], dense.key, dense.value, enable_gqa=True
         )
         torch.testing.assert_close(got[i, None], expected, rtol=1e-10, atol=1e-10)
+
+
+class KernelLayer:
+    """Texts of one length in shuffled pages, read where they lie."""
+
+    def __init__(self, pages: Tensor, table: Tensor, positions: Tensor):
+        self.pages, self.table, self.positions = pages, table, positions
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        page = self.pages.shape[2]
+        blocks = self.table[:, self.positions // page].long()
+        for pages, new in zip(self.pages, (key, value), strict=True):
+            pages[blocks, self.positions % page] = new.transpose(1, 2)
+        lengths = (self.positions[-1:] + 1).int().expand(len(query)).contiguous()
+        tables = {"block_table": self.table, "cache_seqlens": lengths}
+        return attention_paged_triton(query, *self.pages, **tables, causal=True)
+
+
+class KernelCache(KeyValueCache):
+    def __init__(self, decoder: Decoder, texts: int, capacity: int, page: int):
+        config, like = decoder.config, decoder.embedding.weight
+        entries = -(-capacity // page)
+        table = torch.randperm(texts * entries).reshape(texts, entries).int().to(like.device)
+        shape = (2, texts * entries, page, config.key_value_heads, config.width // config.heads)
+        self.length, self.table = 0, table
+        self.pages = [like.new_full(shape, torch.nan) for _ in decoder.blocks]
+
+    def read(self, decoder: Decoder, tokens: Tensor) -> Tensor:
+        """Logits after the text's last token; the new ones are kept."""
+        end = self.length + tokens.shape[1]
+        positions = torch.arange(self.length, end, device=tokens.device)
+        self.layers = [KernelLayer(pages, self.table, positions) for pages in self.pages]
+        logits = decoder(tokens, self)[:, -1]
+        self.length = end
+        return logits
+
+
+def check_kernel(page: int, texts: int, count: int, device: str) -> None:
+    """The decoder over the kernel, a prompt of 20 tokens first."""
+    config = DecoderConfig(97, 64, 2, 4, 80, positions=64, key_value_heads=2)
+    decoder = Decoder(config).double().to(device).eval()
+    for parameter in decoder.parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(97, (texts, 20), device=device)
+    expected = generate(decoder, tokens, count)
+    cache = KernelCache(decoder, texts, 20 + count, page)
+    unread = tokens
+    for _ in range(count):
+        unread = cache.read(decoder, unread).argmax(-1, keepdim=True)
+        tokens = torch.cat((tokens, unread), 1)
+    assert torch.equal(tokens, expected)
+
+
+@torch.no_grad()
+def test_the_kernel_writes_the_same_text():
+    check_kernel(page=16, texts=2, count=4, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+@pytest.mark.parametrize("page", [16, 64, 256])
+def test_the_compiled_kernel_writes_the_same_forty_texts(page):
+    check_kernel(page, texts=40, count=30, device="cuda")
+
+
+# SmolLM2
+
+
+def verses(count: int, length: int) -> Tensor:
+    """Tokens of the World English Bible, in `count` pieces."""
+    text = " ".join(bible_verses("web").values())[: 10 * count * length]
+    ids = smollm2_tokenizer().encode(text).ids[: count * length]
+    return torch.tensor(ids).reshape(count, length)
+
+
+@pytest.mark.full
+@torch.no_grad()
+def test_smollm2_cached_is_as_accurate_as_uncached():
+    """Against the same weights in float64."""
+    decoder, tokens = Decoder.from_smollm2(attention_sdpa), verses(2, 64)
+    cache = decoder.empty_cache(2, 64)
+    pieces = [decoder(piece, cache) for piece in tokens.split([40] + [1] * 24, 1)]
+    uncached = decoder(tokens)
+    exact = decoder.double()(tokens)
+    limit, seen = allowed(uncached, exact), error(torch.cat(pieces, 1), exact)
+    assert seen.largest <= limit.largest and seen.mean <= limit.mean
+
+
+@pytest.mark.full
+@torch.no_grad()
+def test_smollm2_writes_the_same_forty_texts():
+    """Without a cache, with one, and in pages of each size, with prompts in full and in part."""
+    decoder, prompts = Decoder.from_smollm2(attention_sdpa), verses(40, 20)
+    prompts[20:30] = prompts[:10]
+    prompts[30:, :10] = prompts[10:20, :10]
+    expected = generate(decoder, prompts, LENGTH)
+    cached = CachedDecoder(decoder, decoder.empty_cache(40, 20 + LENGTH))
+    assert torch.equal(generate(cached, prompts, LENGTH), expected)
+    for page in (16, 64, 256):
+        server = Server.make(decoder, page, 40 * (-(-32 // page) + 1))
+        texts = [server.begin(prompt)[0] for prompt in prompts.tolist()]
+        server.go_on(texts, 20 + LENGTH)
+        assert [text.tokens for text in texts] == expected.tolist()

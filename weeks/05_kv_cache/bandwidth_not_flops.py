@@ -333,5 +333,5 @@ def main(config: Config) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    quick = Config(layers=1, batches=(1, 4), held=32, written=4, rounds=3)
+    quick = Config(layers=1, batches=(1, 2), held=32, written=2, rounds=2)
     run(main, Config(), quick=quick)

@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from implementations.attention_basic import Mask, attention_naive
@@ -31,6 +31,18 @@ class Cache(Protocol):
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values so far, the new ones last."""
+
+
+@runtime_checkable
+class RaggedCache(Protocol):
+    """Keys and values of several texts, as serving/paged_cache.py keeps them: `x` is one row in
+    which their new tokens follow one another."""
+
+    positions: Tensor
+    """where each token of the row stands in its own text"""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Keep the new keys and values; each query then looks at its own text up to itself."""
 
 
 class MultiHeadAttention(nn.Module):
@@ -79,30 +91,35 @@ class MultiHeadAttention(nn.Module):
         *,
         causal: bool = False,
         mask: Mask | None = None,
-        cache: Cache | None = None,
+        cache: Cache | RaggedCache | None = None,
     ) -> Float[Tensor, "batch query width"]:
         """Attend from `x` to `context`, or to `x` itself. A mask is True where a query may look.
 
-        With a cache, `x` continues the text whose keys it holds, and is added to it.
+        With a cache, `x` continues the text whose keys it holds, and is added to it. A ragged cache
+        holds several texts and does the attending: always causal, without a mask.
 
         Raises:
-            ValueError: a context together with a cache.
+            ValueError: a context together with a cache, or a mask or no causality with a ragged
+                one.
         """
-        if cache is None:
-            query, key, value = self.project(x, context)
-        elif context is None:
-            query, key, value = self.project(x, start=cache.length)
-            key, value = cache.append(key, value)
-        else:
+        if cache is not None and context is not None:
             raise ValueError("a cache holds the text's own keys: it cannot serve a context")
-        heads = self.attention(query, key, value, causal=causal, mask=mask)
+        if isinstance(cache, RaggedCache):
+            if mask is not None or not causal:
+                raise ValueError("a ragged cache attends causally and takes no mask")
+            heads = cache.attend(*self.project(x, start=cache.positions))
+        else:
+            query, key, value = self.project(x, context, 0 if cache is None else cache.length)
+            if cache is not None:
+                key, value = cache.append(key, value)
+            heads = self.attention(query, key, value, causal=causal, mask=mask)
         return self.output(rearrange(heads, "batch head query dim -> batch query (head dim)"))
 
     def project(
         self,
         x: Float[Tensor, "batch query width"],
         context: Float[Tensor, "batch key width"] | None = None,
-        start: int = 0,
+        start: int | Int[Tensor, " query"] = 0,
     ) -> tuple[
         Float[Tensor, "batch head query dim"],
         Float[Tensor, "batch key_head key dim"],
@@ -110,7 +127,8 @@ class MultiHeadAttention(nn.Module):
     ]:
         """Queries of `x`, keys and values of `context`; head i is the i-th slice of the width.
 
-        `start` is how many tokens stand before: rotation counts its positions from there.
+        `start` is how many tokens stand before: rotation counts its positions from there. Or it is
+        every token's own position.
         """
         context = x if context is None else context
         query, key, value = (
@@ -119,9 +137,12 @@ class MultiHeadAttention(nn.Module):
         )
         if self.rotate is None:
             return query, key, value
-        if start == 0:
+        if isinstance(start, Tensor):
+            positions = start
+        elif start == 0:
             return self.rotate(query), self.rotate(key), value
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        else:
+            positions = torch.arange(start, start + x.shape[1], device=x.device)
         return self.rotate(query, positions), self.rotate(key, positions), value
 
     @classmethod

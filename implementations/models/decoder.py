@@ -205,7 +205,10 @@ class Decoder(nn.Module):
             ValueError: the text is longer than the model's positions or than the cache, or the
                 cache has another size than the model.
         """
-        hidden = self.hidden(tokens, cache)
+        return self.logits(self.hidden(tokens, cache))
+
+    def logits(self, hidden: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch vocabulary"]:
+        """Scores of the next token from last hidden states."""
         return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
 
     def hidden(

@@ -127,8 +127,7 @@ class BatchCache(KeyValueCache):
     """What a decoder takes as its cache in one pass over a batch."""
 
     def __init__(self, layers: list[PagedLayer], batch: Batch):
-        super().__init__(layers)
-        self.batch = batch
+        self.layers, self.batch = layers, batch
 
     @property
     def length(self) -> int:

@@ -287,7 +287,6 @@ class Engine:
         """Each text's next token, and what follows from it; what fails ends its text alone."""
         largest, likeliest = (values.tolist() for values in logits.max(-1))
         rows: dict[tuple, list[int]] = defaultdict(list)  # those that are changed alike
-        masks = {}
         for row, text in enumerate(texts):
             parameters = text.parameters
             try:
@@ -295,7 +294,10 @@ class Engine:
                     raise ValueError(f"the largest logit must be finite, got {largest[row]}")
                 if parameters.constraint is not None:
                     remaining = text.longest - len(text.tokens)
-                    masks[row] = parameters.constraint.allowed(text.state, remaining)
+                    mask = parameters.constraint.allowed(text.state, remaining)
+                    logits[row].masked_fill_(~mask.to(logits.device), -math.inf)
+                    if not logits[row].amax().isfinite():
+                        raise ValueError("the constraint allows no token")
             except Exception as problem:
                 self.end(text, "error", problem)
                 continue
@@ -304,10 +306,9 @@ class Engine:
                 rows[parameters.sampling, parameters.temperature == 0, alone].append(row)
         chosen = dict(enumerate(likeliest))
         for (settings, greedy, alone), members in rows.items():
-            changed = self.masked(logits[members], [masks.get(row) for row in members])
             previous = [] if alone is None else texts[alone].tokens
             seen = torch.tensor([previous] * len(members), device=logits.device).long()
-            changed = processed(changed, seen, settings)
+            changed = processed(logits[members], seen, settings)
             if greedy:
                 tokens = changed.argmax(-1)
             else:
@@ -321,16 +322,6 @@ class Engine:
                     self.append(text, chosen[row])
                 except Exception as problem:
                     self.end(text, "error", problem)
-
-    @staticmethod
-    def masked(
-        logits: Float[Tensor, "row vocabulary"], masks: list[Tensor | None]
-    ) -> Float[Tensor, "row vocabulary"]:
-        """The logits, minus infinity where a row's mask forbids a token."""
-        for row, mask in enumerate(masks):
-            if mask is not None:
-                logits[row].masked_fill_(~mask.to(logits.device), -math.inf)
-        return logits
 
     def append(self, text: Generation, token: int) -> None:
         """One more token of a text, and its end if it is the last."""

@@ -21,7 +21,7 @@ Run     uv run python implementations/serving/speculative.py
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,7 @@ class Guess(NamedTuple):
     chances: Chances
 
 
+@runtime_checkable
 class Draft(Protocol):
     """Guesses the next tokens of a text."""
 
@@ -77,7 +78,11 @@ def chances(
 
 
 def verify(
-    p: Chances, q: Chances, guess: Sequence[int], u: Sequence[float], last: Sequence[float]
+    p: Float[Tensor, "place vocabulary"],
+    q: Float[Tensor, "guess #vocabulary"],
+    guess: Sequence[int],
+    u: Sequence[float],
+    last: Sequence[float],
 ) -> list[int]:
     """The accepted guesses and one token more.
 
@@ -131,7 +136,7 @@ def generate_speculative(
     written, end = Written(list(prompt)), len(prompt) + count
     while (length := len(written.tokens)) < end:
         wanted = min(guesses, end - length - 1)
-        empty = Guess([], torch.zeros(0, 0))
+        empty = Guess([], torch.zeros(0, 1))
         guess, q = draft.propose(written.tokens, wanted, seed) if wanted else empty
         text = [*written.tokens, *guess]
         logits = model(torch.tensor([text]))[0, -len(guess) - 1 :]

@@ -280,30 +280,42 @@ def test_a_bad_request_is_refused_and_nothing_else_is_lost(tiny, sentence):
 
 
 class Broken:
-    """A constraint that fails at its third token."""
+    """A constraint that fails at its third token, in one of several ways."""
 
     start, end = 0, 28
+
+    def __init__(self, way: str):
+        self.way = way
 
     def shortest(self, state):
         return 0
 
     def allowed(self, state, remaining):
-        if state == 2:
+        if state == 2 and self.way == "raises":
             raise RuntimeError("the third token is too much")
-        return torch.ones(29, dtype=torch.bool)
+        size = 31 if state == 2 and self.way == "another vocabulary" else 29
+        mask = torch.ones(size, dtype=torch.bool)
+        mask[28] = False
+        return mask & (state != 2 or self.way != "nothing")
 
     def after(self, state, token):
+        if state == 2:
+            raise RuntimeError("the third token is too much")
         return state + 1
 
 
-def test_an_exception_inside_one_request_stops_only_that(tiny):
+@pytest.mark.parametrize("way", ["raises", "another vocabulary", "nothing", "afterwards"])
+def test_an_exception_inside_one_request_stops_only_that(tiny, way):
+    """All three are sampled alike, in one call."""
     engine = Engine(tiny, blocks=40, page=4)
-    wanted = [Parameters(6), Parameters(6, constraint=Broken()), Parameters(6)]
+    plain = Parameters(6, temperature=1.0)
+    wanted = [plain, replace(plain, constraint=Broken(way)), plain]
     prompts = [[1], [2, 3], [4, 5, 6]]
     first, broken, last = engine.generate(prompts, wanted)
-    assert broken.finish == "error" and "third" in str(broken.error) and len(broken.output) == 2
+    assert broken.finish == "error" and broken.error is not None
+    assert len(broken.output) == 2 + (way == "afterwards")
     for got, prompt in ((first, [1]), (last, [4, 5, 6])):
-        assert got.tokens == alone(tiny, prompt, Parameters(6), 6)
+        assert got.tokens == alone(tiny, prompt, plain, 6)
     assert used(engine) == 0
 
 
@@ -313,7 +325,6 @@ def test_logits_that_are_not_numbers_stop_only_their_request(tiny):
     expected = alone(tiny, [1, 2], Parameters(3), 3)
     assert 9 not in expected
     logits = tiny.logits
-    tiny.logits = lambda hidden: logits(hidden).nan_to_num(nan=-1e4)
     with torch.no_grad():
         tiny.embedding.weight[9] = torch.nan
     tiny.logits = lambda hidden: torch.where(
@@ -374,7 +385,9 @@ def test_a_stream_raises_what_ended_its_request(tiny):
     engine = Engine(tiny, blocks=40, page=4)
 
     async def read():
-        return [token async for token in engine.stream([1], Parameters(6, constraint=Broken()))]
+        return [
+            token async for token in engine.stream([1], Parameters(6, constraint=Broken("raises")))
+        ]
 
     with pytest.raises(RuntimeError, match="third"):
         asyncio.run(read())

@@ -74,11 +74,10 @@ def compare(decoder: Decoder, rows: Tensor, config: Config, fixed: bool) -> tupl
 @torch.no_grad()
 def main(config: Config) -> list[Finding]:
     torch.manual_seed(0)
-    tokens = (
-        smollm2_tokenizer().encode(" ".join(list(bible_verses("web").values())[:200])).ids
-        if config.weights == "smollm2"
-        else torch.randint(SMOLLM2.vocabulary, (9999,)).tolist()
-    )
+    if config.weights == "smollm2":
+        tokens = smollm2_tokenizer().encode(" ".join(list(bible_verses("web").values())[:200])).ids
+    else:
+        tokens = torch.randint(SMOLLM2.vocabulary, (9999,)).tolist()
     count = max(config.prompts, *config.batches)
     rows = torch.tensor(tokens[: count * config.length]).reshape(count, config.length)
     rows = rows.to(config.device)

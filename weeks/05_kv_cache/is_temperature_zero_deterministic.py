@@ -46,11 +46,17 @@ class Config:
     """of the weights"""
 
 
+@torch.no_grad()
 def logits_in(decoder: Decoder, rows: Tensor, first: int, batch: int, fill: int) -> Tensor:
-    """Logits of one prompt, the first of a batch of others, filled up with copies of the last."""
+    """Logits of one prompt, the first of a batch of others, filled up with copies of the last.
+
+    Token by token over a cache, as a server decodes: a product has one row for each text.
+    """
     others = [(first + i) % len(rows) for i in range(batch)]
     others += others[-1:] * (fill - batch)
-    return decoder(rows[others])[0]
+    cache = decoder.empty_cache(len(others), rows.shape[1])
+    steps = rows[others].split(1, dim=1)
+    return torch.stack([decoder(tokens, cache)[0, 0] for tokens in steps])
 
 
 def compare(decoder: Decoder, rows: Tensor, config: Config, fixed: bool) -> tuple[dict, int, int]:
@@ -71,7 +77,6 @@ def compare(decoder: Decoder, rows: Tensor, config: Config, fixed: bool) -> tupl
     return apart, turned, same
 
 
-@torch.no_grad()
 def main(config: Config) -> list[Finding]:
     torch.manual_seed(0)
     if config.weights == "smollm2":

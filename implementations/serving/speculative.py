@@ -128,7 +128,8 @@ def generate_speculative(
         guesses: how many the draft is asked for.
 
     Raises:
-        ValueError: an empty prompt, fewer than one guess, a negative count, or as `processed`.
+        ValueError: an empty prompt, fewer than one guess, a negative count, a cached model that
+            has read all of the prompt before, or as `processed`.
     """
     if not prompt or count < 0 or guesses < 1:
         given = f"{len(prompt)} tokens, {count} to write, {guesses} guesses"
@@ -140,6 +141,8 @@ def generate_speculative(
         guess, q = draft.propose(written.tokens, wanted, seed) if wanted else empty
         text = [*written.tokens, *guess]
         logits = model(torch.tensor([text]))[0, -len(guess) - 1 :]
+        if len(logits) <= len(guess):
+            raise ValueError("the model has read the prompt's last token: it gives no logits there")
         p = chances(logits, text, settings)
         places = range(length, length + len(guess) + 1)
         u = [uniform(seed, place, "accept") for place in places]

@@ -132,3 +132,17 @@ def test_it_stops_and_refuses():
     for prompt, count, guesses in (([], 3, 2), ([1], -1, 2), ([1], 3, 0)):
         with pytest.raises(ValueError, match="a guess or more are needed"):
             generate_speculative(model, draft, prompt, count, guesses=guesses)
+
+
+@torch.no_grad()
+def test_a_cache_that_has_read_the_whole_prompt_is_refused(tiny):
+    """It would give no logits for the first guess, and those of the others one place too early."""
+    prompt = [1, 2, 1, 2]
+    model = cached(tiny)
+    model(torch.tensor([prompt[:-1]]))
+    expected = generate(tiny, torch.tensor([prompt]), 9)[0].tolist()
+    assert generate_speculative(model, NGramDraft(29), prompt, 9).tokens == expected
+    model = cached(tiny)
+    model(torch.tensor([prompt]))
+    with pytest.raises(ValueError, match="has read the prompt's last token"):
+        generate_speculative(model, NGramDraft(29), prompt, 9)

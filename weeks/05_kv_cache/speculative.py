@@ -73,7 +73,7 @@ def main(config: Config) -> list[Finding]:
             warm, cold = model(), model()
             for one in (warm, cold):  # both have read the prompt: decoding alone is timed
                 with torch.no_grad():
-                    one(torch.tensor([prompt]))
+                    one(torch.tensor([prompt[:-1]]))
             start = time.perf_counter()
             alone = generate(warm, torch.tensor([prompt]), config.tokens)[0].tolist()
             middle = time.perf_counter()

@@ -142,6 +142,18 @@ class BlockManager:
         for block in reversed(text.table):
             self.release(block)
 
+    def forget(self, text: Text, start: int) -> None:
+        """Let nobody find the blocks that hold the text's tokens from `start` on: they were never
+        written.
+
+        Raises:
+            ValueError: the text was freed.
+        """
+        self.check(text)
+        for block in text.table[start // self.page :]:
+            if block in self.digest:
+                del self.found[self.digest.pop(block)]
+
     def count(self, tokens: int) -> int:
         """How many blocks hold so many tokens."""
         return -(-tokens // self.page)

@@ -1,0 +1,148 @@
+"""Speculative decoding: the same tokens when greedy, the same joint distribution when sampled."""
+
+import itertools
+
+import pytest
+import torch
+from scipy.stats import chi2
+
+from implementations.models.decoder import Decoder
+from implementations.serving.kv_cache import CachedDecoder
+from implementations.serving.speculative import (
+    ModelDraft,
+    NGramDraft,
+    chances,
+    generate_speculative,
+    verify,
+)
+from implementations.text.sampling import SamplingSettings, generate
+
+SAMPLED = SamplingSettings()
+
+
+def table_model(seed: int):
+    """A model whose next token depends on the last one: logits from a table, over three tokens."""
+    table = 0.6 * torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)).double()
+    return lambda tokens: table[tokens]
+
+
+def chi_square(observed: torch.Tensor, expected: torch.Tensor) -> float:
+    """The chance of a larger statistic if `expected` is right."""
+    statistic = ((observed - expected) ** 2 / expected).sum().item()
+    return float(chi2.sf(statistic, len(observed) - 1))
+
+
+@pytest.mark.parametrize("draft", ["model", "n-gram"])
+@pytest.mark.parametrize("guesses", [1, 3])
+def test_sampled_texts_have_the_joint_distribution(draft, guesses, unchecked):
+    """All 27 texts of three tokens, 2,000 draws. False alarms: 1 in 100,000, and the seeds are
+    fixed. The draft's table is another one: half of its guesses are wrong."""
+    model, other = table_model(0), table_model(1)
+    # After 0 1 2 1 the n-gram draft guesses 2, 1, ...: sometimes likely, sometimes not.
+    prompt, runs = [0, 1, 2, 1], 2000
+    made = ModelDraft(other, SAMPLED) if draft == "model" else NGramDraft(3)
+    observed = torch.zeros(27)
+    guessed = accepted = 0
+    for seed in range(runs):
+        written = generate_speculative(model, made, prompt, 3, SAMPLED, guesses=guesses, seed=seed)
+        a, b, c = written.tokens[4:]
+        observed[9 * a + 3 * b + c] += 1
+        guessed, accepted = guessed + written.guessed, accepted + written.accepted
+    p = model(torch.arange(3)).softmax(-1)
+    expected = torch.tensor(
+        [p[1, a] * p[a, b] * p[b, c] for a, b, c in itertools.product(range(3), repeat=3)]
+    )
+    assert expected.sum().item() == pytest.approx(1) and (expected * runs).min() > 4
+    assert chi_square(observed, expected * runs) > 1e-5
+    assert 0.1 < accepted / guessed < 0.9  # both roads were taken
+
+
+def test_the_chi_square_notices_half_of_the_texts_a_fifth_too_frequent():
+    expected = torch.full((26,), 3000 / 26)
+    assert chi_square(expected, expected) == pytest.approx(1)
+    assert chi_square(expected * torch.tensor([1.2, 0.8] * 13), expected) < 1e-5
+
+
+def test_verify_by_hand():
+    """p = (.5, .5), q = (.8, .2): token 0 stays if u < 5/8; if not, only token 1 is left."""
+    p, q = torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([[0.8, 0.2]])
+    assert verify(p, q, [0], [0.62], [0.0, 0.3]) == [0, 1]
+    assert verify(p, q, [0], [0.63], [0.0, 0.3]) == [1]
+    assert verify(p, q, [1], [0.999], [0.0, 0.3]) == [1, 1]
+    assert verify(p, torch.zeros(0, 2), [], [], [0.7]) == [1]
+    # The residual (0, .1, .2) is drawn from as (0, 1/3, 2/3).
+    p, q = torch.tensor([[0.2, 0.4, 0.4], [1.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.3, 0.2]])
+    assert verify(p, q, [0], [0.5], [0.33, 0.0]) == [1]
+    assert verify(p, q, [0], [0.5], [0.34, 0.0]) == [2]
+    # A later guess is not even looked at after one that was rejected.
+    assert verify(torch.eye(3), torch.eye(3)[[1, 0]], [1, 0], [0.0, 0.0], [0.5] * 3) == [0]
+
+
+def test_chances_are_those_of_each_place():
+    """With a penalty, each place counts the tokens before it and no guess after."""
+    logits, settings = torch.randn(3, 5), SamplingSettings(0.7, repetition_penalty=1.8)
+    text = [0, 1, 2, 3]
+    rows = [chances(logits[i : i + 1], text[: 2 + i], settings)[0] for i in range(3)]
+    torch.testing.assert_close(chances(logits, text, settings), torch.stack(rows))
+    greedy = chances(logits, text, None)
+    assert (greedy.argmax(-1) == logits.argmax(-1)).all() and (greedy.sum(-1) == 1).all()
+
+
+def cached(decoder: Decoder) -> CachedDecoder:
+    return CachedDecoder(decoder, decoder.empty_cache(1, 64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guesses", [1, 2, 5])
+@pytest.mark.parametrize("draft", ["n-gram", "itself", "another"])
+def test_greedy_is_generate(tiny, draft, guesses):
+    """Token for token, with the cache rolled back after every rejected guess."""
+    prompt = torch.randint(29, (1, 12))
+    another = Decoder(tiny.config).double()
+    drafts = {
+        "n-gram": NGramDraft(29),
+        "itself": ModelDraft(cached(tiny)),
+        "another": ModelDraft(cached(another)),
+    }
+    written = generate_speculative(
+        cached(tiny), drafts[draft], prompt[0].tolist(), 40, guesses=guesses
+    )
+    assert written.tokens == generate(tiny, prompt, 40)[0].tolist()
+    if draft == "itself":
+        assert written.accepted == written.guessed
+        assert written.passes == -(-40 // (guesses + 1))
+
+
+def test_the_longest_and_latest_match_is_taken():
+    draft = NGramDraft(10, longest=2)
+    assert draft.following([1, 2, 3, 9, 2, 4, 1, 2]) == [3, 9, 2, 4, 1, 2]
+    assert draft.following([7, 1, 5, 1, 6, 1]) == [6, 1]
+    assert draft.following([1, 2, 3]) == [] and draft.following([1]) == []
+    guess = draft.propose([1, 2, 3, 1, 2], 2, seed=0)
+    assert guess.tokens == [3, 1]
+    assert guess.chances.argmax(-1).tolist() == [3, 1] and (guess.chances.sum(-1) == 1).all()
+
+
+def test_it_stops_and_refuses():
+    model, draft = table_model(0), NGramDraft(3)
+    whole = generate_speculative(model, draft, [0, 1, 0, 1], 9).tokens
+    stopped = generate_speculative(model, draft, [0, 1, 0, 1], 9, stop=whole[6]).tokens
+    assert stopped == whole[: 5 + whole[4:].index(whole[6])]
+    assert generate_speculative(model, draft, [0], 0).tokens == [0]
+    for prompt, count, guesses in (([], 3, 2), ([1], -1, 2), ([1], 3, 0)):
+        with pytest.raises(ValueError, match="a guess or more are needed"):
+            generate_speculative(model, draft, prompt, count, guesses=guesses)
+
+
+@torch.no_grad()
+def test_a_cache_that_has_read_the_whole_prompt_is_refused(tiny):
+    """It would give no logits for the first guess, and those of the others one place too early."""
+    prompt = [1, 2, 1, 2]
+    model = cached(tiny)
+    model(torch.tensor([prompt[:-1]]))
+    expected = generate(tiny, torch.tensor([prompt]), 9)[0].tolist()
+    assert generate_speculative(model, NGramDraft(29), prompt, 9).tokens == expected
+    model = cached(tiny)
+    model(torch.tensor([prompt]))
+    with pytest.raises(ValueError, match="has read the prompt's last token"):
+        generate_speculative(model, NGramDraft(29), prompt, 9)

@@ -1,0 +1,125 @@
+"""Does it pay to guess the next tokens from the text itself?
+
+SmolLM2 goes on greedily with verses of the Bible and with a file of this repository's code, once
+token by token and once with n-gram guesses: what followed the last time that the last tokens stood
+in the text. A third task asks for nothing new: it repeats a list.
+
+Expected: every text is the same with and without guesses; in float32 a pass over several tokens
+rounds otherwise than a pass over one, so that a near tie may turn. A repetition is guessed nearly
+always, code oftener than prose; where little is guessed right, little is gained.
+
+Run     uv run python weeks/05_kv_cache/speculative.py
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+from implementations.attention.vendor import attention_sdpa
+from implementations.lab.findings import Finding, at_least
+from implementations.lab.script import run
+from implementations.models.decoder import SMOLLM2, Decoder
+from implementations.serving.kv_cache import CachedDecoder
+from implementations.serving.speculative import NGramDraft, Written, generate_speculative
+from implementations.sources.text import bible_verses
+from implementations.sources.weights import smollm2_tokenizer
+from implementations.text.sampling import generate
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Config:
+    """N-gram guesses with the real weights."""
+
+    tokens: int = 64
+    """written for each prompt"""
+    prompt: int = 256
+    """tokens read before"""
+    prompts: int = 2
+    """of each kind"""
+    guesses: int = 4
+    """at most, for each pass"""
+
+
+def prompts_of(config: Config) -> dict[str, list[list[int]]]:
+    """Prose, code and a repetition, each cut at as many tokens."""
+    encode = smollm2_tokenizer().encode
+    verses = list(bible_verses("web").values())[:400]
+    code = (ROOT / "implementations/attention/positions.py").read_text("utf-8")
+    names = "alder, birch, cedar, elm, fir, hazel, larch, maple, oak, pine, rowan, willow; " * 40
+    texts = {"prose": " ".join(verses), "code": code, "a repetition": names}
+    starts = range(0, config.prompts * config.prompt, config.prompt)
+    return {
+        kind: [encode(text).ids[start : start + config.prompt] for start in starts]
+        for kind, text in texts.items()
+    }
+
+
+def main(config: Config) -> list[Finding]:
+    decoder, draft = Decoder.from_smollm2(attention_sdpa), NGramDraft(SMOLLM2.vocabulary)
+    findings, passes, same, gains = [], {}, 0, {}
+    tasks = prompts_of(config)
+
+    def model() -> CachedDecoder:
+        return CachedDecoder(decoder, decoder.empty_cache(1, config.prompt + config.tokens))
+
+    for kind, prompts in tasks.items():
+        total, seconds = Written([]), {"alone": 0.0, "guessed": 0.0}
+        for prompt in prompts:
+            warm, cold = model(), model()
+            for one in (warm, cold):  # both have read the prompt: decoding alone is timed
+                with torch.no_grad():
+                    one(torch.tensor([prompt[:-1]]))
+            start = time.perf_counter()
+            alone = generate(warm, torch.tensor([prompt]), config.tokens)[0].tolist()
+            middle = time.perf_counter()
+            written = generate_speculative(
+                cold, draft, prompt, config.tokens, guesses=config.guesses
+            )
+            seconds["guessed"] += time.perf_counter() - middle
+            seconds["alone"] += middle - start
+            same += written.tokens == alone
+            total.passes += written.passes
+            total.guessed += written.guessed
+            total.accepted += written.accepted
+        passes[kind] = len(prompts) * config.tokens / total.passes
+        gains[kind] = seconds["alone"] / seconds["guessed"]
+        accepted = total.accepted / max(total.guessed, 1)
+        findings += [
+            Finding(f"{kind}: guesses accepted", accepted),
+            Finding(
+                f"{kind}: tokens a pass",
+                passes[kind],
+                expected=at_least(1.0),
+                source="every pass writes at least one",
+            ),
+            Finding(f"{kind}: faster by", gains[kind], "x"),
+        ]
+    draw(passes, gains)
+    texts = sum(map(len, tasks.values()))
+    return [
+        Finding("texts that are the same with guesses and without", same, f"of {texts}"),
+        *findings,
+    ]
+
+
+def draw(passes: dict[str, float], gains: dict[str, float]) -> None:
+    _, axes = plt.subplots(figsize=(6, 3.4))
+    for shift, (label, values) in enumerate(
+        {"tokens a pass of the model": passes, "times faster": gains}.items()
+    ):
+        places = [place + 0.4 * shift - 0.2 for place in range(len(values))]
+        bars = axes.bar(places, values.values(), 0.38, label=label)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_xticks(range(len(passes)), passes)
+    axes.set_title("Guessing from the text itself")
+    axes.legend()
+
+
+if __name__ == "__main__":
+    run(main, Config(), quick=Config(tokens=4, prompt=24, prompts=1))

@@ -4,10 +4,10 @@
     wide     exp, log, sums, norms, losses: one digit lost in the argument is many in the result
     other    as their inputs come, the widest of them decides
 
-Weights stay in float32; each is cast where a product reads it, and the cast is part of the graph, so
-its gradient comes back in float32. torch.autocast has the same three lists, longer, one for each
-kind of device: on a CPU
-softmax, sums and norms stay in the narrow type and widen inside, and only losses are wide.
+Weights stay in float32; each is cast where a product reads it, and the cast is part of the graph,
+so its gradient comes back in float32. torch.autocast has the same three lists, longer, one for each
+kind of device: on a CPU softmax, sums and norms stay in the narrow type and widen inside, and only
+losses are wide.
 
 A trap that both share: the context decides last. An equation that widens its operands before a
 product, as `attention_naive` does, gets them narrowed again.
@@ -34,13 +34,49 @@ class Policy(NamedTuple):
 
 
 PRODUCTS = frozenset(
-    "linear matmul __matmul__ __rmatmul__ mm bmm addmm baddbmm einsum conv1d conv2d conv3d"
-    " scaled_dot_product_attention".split()
+    (
+        "linear",
+        "matmul",
+        "__matmul__",
+        "__rmatmul__",
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "einsum",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "scaled_dot_product_attention",
+    )
 )
 DELICATE = frozenset(
-    "exp expm1 log log2 log10 log1p pow __pow__ __rpow__ rsqrt reciprocal softmax"
-    " log_softmax logsumexp layer_norm rms_norm group_norm norm sum cumsum prod cross_entropy"
-    " nll_loss softplus".split()
+    (
+        "exp",
+        "expm1",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "pow",
+        "__pow__",
+        "__rpow__",
+        "rsqrt",
+        "reciprocal",
+        "softmax",
+        "log_softmax",
+        "logsumexp",
+        "layer_norm",
+        "rms_norm",
+        "group_norm",
+        "norm",
+        "sum",
+        "cumsum",
+        "prod",
+        "cross_entropy",
+        "nll_loss",
+        "softplus",
+    )
 )
 GPU = Policy(PRODUCTS, DELICATE)
 CPU = Policy(PRODUCTS, frozenset({"cross_entropy"}))

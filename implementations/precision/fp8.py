@@ -3,13 +3,13 @@
     forward    y  = x Wᵀ       x and W in e4m3: three fraction bits
     backward   dx = dy W       dy in e5m2: less precise, 57,344 instead of 448 at its end
                dW = dyᵀ x
-    word = fp8(scale · number)    number ≈ word · inverse    scale = largest / amax, inverse = 1 / scale
+    word = fp8(scale · number)    number ≈ word · inverse    scale = largest / amax = 1 / inverse
 
 fp8 spans too little to hold a tensor as it is; a scale moves the tensor's largest number, its amax,
 to the format's largest. Whose amax?
 
     current   the tensor's own: exact, and the tensor is read twice
-    delayed   the largest of the last steps': one read; a tensor that has grown is cut off at the end
+    delayed   the largest of the last steps': one read; what has grown is cut off at the end
     block     of each 128 neighbours along the sum, or 128 x 128 weights: an outlier costs only them
 
 Each operand is needed in two directions: x along its channels forward, along its tokens for dW. So

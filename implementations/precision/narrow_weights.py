@@ -1,6 +1,6 @@
 """Weights in 16 bits that still learn: where does the part of an update go that does not fit?
 
-    an update below half a spacing of its weight is rounded away, at every step: |Δ| < 2^-9 |w| in bf16
+    an update below half a spacing of its weight is rounded away, each time: |Δ| < 2^-9 |w| in bf16
 
     nearest      it is lost                                            2 bytes a weight
     master       a float32 copy is updated, the weight is its rounding  2 + 4
@@ -11,8 +11,8 @@
 A keeper is two functions around any optimizer's step: `before` gives the float32 weights that it
 updates, `after` puts the updated ones back into the narrow weight and its memory.
 
-Paper   master weights: Micikevicius et al. 2017, arXiv:1710.03740; Kahan and stochastic rounding for
-        bf16: Zamirai et al. 2020, arXiv:2010.06192
+Paper   master weights: Micikevicius et al. 2017, arXiv:1710.03740; Kahan and stochastic rounding
+        for bf16: Zamirai et al. 2020, arXiv:2010.06192
 Run     uv run python implementations/precision/narrow_weights.py
 """
 

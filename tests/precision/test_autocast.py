@@ -1,4 +1,4 @@
-"""Our context against torch.autocast: the dtype of every operation, loss and gradients to the bit."""
+"""Our context against torch.autocast: every operation's dtype, loss and gradients to the bit."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_every_operation_has_torchs_dtype(device, style, attention, dtype):
 
 
 def test_the_tables_by_hand():
-    """A GPU's policy, on a CPU: products narrow, exponentials and sums wide, the rest as it comes."""
+    """A GPU's policy, on a CPU: products narrow, exponentials and sums wide, the rest as is."""
     x = torch.randn(4, 4)
     with Autocast(GPU):
         product = x @ x
@@ -66,5 +66,5 @@ def test_weights_stay_and_get_float32_gradients():
 
 
 def test_a_wide_narrow_type_is_refused():
-    with pytest.raises(ValueError, match="bfloat16 or float16, got torch.float32"):
+    with pytest.raises(ValueError, match=r"bfloat16 or float16, got torch\.float32"):
         Autocast(CPU, torch.float32)

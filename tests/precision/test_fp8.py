@@ -66,7 +66,7 @@ def test_blocks_are_the_definition(shape, block):
 
 
 def test_an_outlier_costs_only_its_block():
-    """4e7 is far beyond e4m3's reach of 2^18: the rest of a tensor vanishes, of a block does not."""
+    """4e7 is far beyond e4m3's reach of 2^18: the rest of a tensor vanishes, a block's does not."""
     x = torch.randn(4, 256).abs() + 0.1
     x[0, 0] = 4e7
     assert not dequantize(current(x, E4M3)[0])[1:].any()
@@ -122,7 +122,7 @@ def test_delayed_scaling_by_hand():
         [16, 4],
         [1, 16],
         [1, 1],
-        [1, 1],  # fmt: skip
+        [1, 1],
     ]
     assert seen[0][1] == [2, -1]  # by a scale of 1
     assert seen[1][1] == [2, -2]  # the largest of before, 2, is the end
@@ -238,7 +238,7 @@ def test_the_output_follows_autocast():
 def test_mistakes_are_refused(unchecked):
     with pytest.raises(ValueError, match="a scaling is of a matrix"):
         quantize(torch.ones(2), E4M3, torch.tensor(1.0))
-    with pytest.raises(ValueError, match="float32 or a narrower float, got torch.float64"):
+    with pytest.raises(ValueError, match=r"float32 or a narrower float, got torch\.float64"):
         quantize_both(torch.ones(2, 2).double(), E4M3, torch.tensor(1.0))
     with pytest.raises(ValueError, match="recipes are current, delayed and block"):
         make_recipe("blocks")

@@ -154,5 +154,5 @@ def test_mistakes_are_refused():
         quantize_both_triton(x, torch.float16, x[0, 0])
     with pytest.raises(ValueError, match="blocks are 1 x 128 and 128 x 128, got"):
         quantize_blocks_triton(x, E4M3, (1, 64))
-    with pytest.raises(ValueError, match="narrower float, got torch.float64"):
+    with pytest.raises(ValueError, match=r"narrower float, got torch\.float64"):
         quantize_blocks_triton(x.double(), E4M3)

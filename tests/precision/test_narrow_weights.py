@@ -79,5 +79,5 @@ def test_what_was_given_stays_as_it_was():
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(ValueError, match="narrow weights are bfloat16, got torch.float16"):
+    with pytest.raises(ValueError, match=r"narrow weights are bfloat16, got torch\.float16"):
         init([torch.ones(2).half()], KEEPERS["nearest"], adamw.init)

@@ -5,7 +5,7 @@ layer trains through three products, and each of its three operands is scaled an
 directions. Here the casts count. Decoding one text reads every weight for one product: there only
 bytes matter, and 4 bits are a quarter of them.
 
-Expected: on a CPU nothing, whose units know no fp8 (the small sizes show that the paths agree). Goals
+Expected: on a CPU nothing, whose units know no fp8 (small sizes show that the paths agree). Goals
 on an H200: a linear layer of fp8 trains 1.5 times as fast as one of bfloat16 at the largest shape,
 casts included; the casting kernel moves its bytes at 0.85 of a copy's speed; products of 4-bit
 weights with a vector reach 0.7 of what their bytes allow. Peaks are NVIDIA's dense rates.

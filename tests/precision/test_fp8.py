@@ -113,7 +113,7 @@ def test_delayed_scaling_by_hand():
     """The scale of a call is of the calls before it; what has grown is cut off, what shrinks waits
     until the old amax is forgotten."""
     delayed, seen = Delayed(length=2), []
-    for size in (2.0, 4.0, 16.0, 1.0, 3.0, 1.0):
+    for size in (2.0, 4.0, 16.0, 1.0, 4.0, 1.0):
         stored = dequantize(delayed(torch.tensor([[size, -size / 2]]), E4M3)[0])
         seen.append((delayed.history.tolist(), stored.tolist()[0]))
     assert [history for history, _ in seen] == [
@@ -121,14 +121,14 @@ def test_delayed_scaling_by_hand():
         [4, 2],
         [16, 4],
         [1, 16],
-        [3, 1],
-        [1, 3],
+        [4, 1],
+        [1, 4],
     ]
     assert seen[0][1] == [2, -1]  # by a scale of 1
     assert seen[1][1] == [2, -2]  # the largest of before, 2, is the end
     assert seen[2][1] == [4, -4]
     assert seen[3][1] == [1, -0.5]
-    assert seen[4][1] == [3, -1.5]  # 16 is remembered, not only the 1 after it
+    assert seen[4][1] == [4, -2]  # 16 is remembered, not only the 1 after it
 
 
 def test_history_forgets_the_oldest():

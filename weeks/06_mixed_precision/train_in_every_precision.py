@@ -37,10 +37,10 @@ RUNS = ("fp32", "bf16", "fp16", "fp8 current", "fp8 delayed", "fp8 block")
 class Config:
     """Train one decoder in six precisions."""
 
-    width: int = 64
+    width: int = 48
     layers: int = 2
-    steps: int = 250
-    seeds: int = 3
+    steps: int = 80
+    seeds: int = 2
     learning_rate: float = 3e-3
 
 

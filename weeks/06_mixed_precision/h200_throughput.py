@@ -288,4 +288,4 @@ def main(config: Config) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    run(main, Config(), quick=Config(size=128, tokens=128, hidden=128, rounds=2))
+    run(main, Config(), quick=Config(size=128, tokens=64, hidden=128, width=64, layers=1, rounds=2))

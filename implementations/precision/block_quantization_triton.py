@@ -27,8 +27,8 @@ from implementations.layers.row_tiles import ceil_divide
 from implementations.precision.block_quantization import Quantized, unpack_nibbles
 
 EIGHT = 8  # weights in 32 bits
-# Fewest instructions a weight of fourteen choices, counted in the compiled program: 5.2, against 5.9
-# with 4 rows and 6.4 with 8 groups. Not timed on a GPU yet.
+# 5.2 instructions a weight in the compiled program, against 5.9 with 4 rows and 6.4 with 8 groups;
+# not timed on a GPU yet.
 ROWS, GROUPS, WARPS, STAGES = 8, 32, 4, 1
 
 

@@ -11,6 +11,7 @@ a byte: the first half of a group lies in the low nibbles, the second half in th
 both halves are read in order.
 
 Format  ggml's Q8_0 and Q4_1 (which keeps min in fp16 in the place of zero)
+Fast    block_quantization_triton.py: 4 bits times a vector, each byte read once
 Shapes  weight [..., group · k]    words [..., k, group]    scale, zero [..., k]
 Run     uv run python implementations/precision/block_quantization.py
 """
@@ -74,6 +75,12 @@ def dequantize(quantized: Quantized) -> Float32[Tensor, "*batch width"]:
         words = unpack_nibbles(words)
     centred = words.float() - zero.float()[..., None]
     return (scale.float()[..., None] * centred).flatten(-2)
+
+
+def matrix_vector(quantized: Quantized, x: Float[Tensor, " width"]) -> Float[Tensor, "*batch"]:
+    """The dequantized weights times a vector, in float32 or wider, returned in the dtype of `x`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (dequantize(quantized).to(wide) @ x.to(wide)).to(x.dtype)
 
 
 def pack_nibbles(words: UInt8[Tensor, "*batch group"]) -> UInt8[Tensor, "*batch bytes"]:

@@ -30,6 +30,7 @@ from implementations.layers.row_tiles import (
     ceil_divide,
     check_device,
     check_rows,
+    launch,
     power_of_two,
 )
 
@@ -93,7 +94,9 @@ def rotate_op(
     batch, count, tokens, dim = heads.shape
     pairs = power_of_two(dim // 2)
     block = max(1, 1024 // pairs)
-    rotate_kernel[(ceil_divide(tokens, block), batch)](
+    launch(
+        rotate_kernel,
+        (ceil_divide(tokens, block), batch),
         heads,
         heads if positions is None else positions.contiguous(),
         turned,

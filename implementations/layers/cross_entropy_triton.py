@@ -30,6 +30,7 @@ from implementations.layers.row_tiles import (
     ceil_divide,
     check_device,
     check_rows,
+    launch,
     power_of_two,
     wide_dtype,
 )
@@ -89,7 +90,7 @@ def cross_entropy_kernel(
             tl.store(gradient + column, factor * slope, column < vocabulary)
 
 
-def launch(
+def launch_rows(
     logits: Tensor,
     targets: Tensor,
     upstream: Tensor,
@@ -102,7 +103,9 @@ def launch(
     rows, vocabulary = logits.shape
     written = logits if gradient is None else gradient
     block = min(BLOCK, power_of_two(vocabulary))
-    cross_entropy_kernel[(rows,)](
+    launch(
+        cross_entropy_kernel,
+        (rows,),
         logits,
         targets.contiguous(),
         upstream,
@@ -124,7 +127,7 @@ def launch(
 def cross_entropy_op(logits: Tensor, targets: Tensor, ignore_index: int, z_loss: float) -> Tensor:
     """The loss of each row, zero where it is ignored."""
     losses = torch.empty(targets.shape, dtype=wide_dtype(logits), device=logits.device)
-    launch(as_rows(logits), targets, losses, losses, None, ignore_index, z_loss)
+    launch_rows(as_rows(logits), targets, losses, losses, None, ignore_index, z_loss)
     return losses
 
 
@@ -137,7 +140,7 @@ def cross_entropy_backward_op(
     losses = torch.empty(targets.shape, dtype=wide_dtype(logits), device=logits.device)
     rows = gradient.view(-1, gradient.shape[-1])
     upstream = upstream.reshape(-1)
-    launch(as_rows(logits), targets, upstream, losses, rows, ignore_index, z_loss)
+    launch_rows(as_rows(logits), targets, upstream, losses, rows, ignore_index, z_loss)
     return gradient
 
 
@@ -148,7 +151,7 @@ def cross_entropy_in_place_op(
     """The loss of each row; the logits become `upstream` times their gradient."""
     losses = torch.empty(targets.shape, dtype=wide_dtype(logits), device=logits.device)
     rows = logits.view(-1, logits.shape[-1])
-    launch(rows, targets, upstream, losses, rows, ignore_index, z_loss)
+    launch_rows(rows, targets, upstream, losses, rows, ignore_index, z_loss)
     return losses
 
 

@@ -19,7 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implementations.lab.ahead_of_time import Variant
-from implementations.layers.row_tiles import as_rows, ceil_divide, check_rows, check_same, row_tiles
+from implementations.layers.row_tiles import (
+    as_rows,
+    ceil_divide,
+    check_rows,
+    check_same,
+    launch,
+    row_tiles,
+)
 
 
 @triton.jit
@@ -54,12 +61,14 @@ def swiglu_kernel(
         tl.store(output + at, g * sigmoid * e, inside)
 
 
-def launch(gate: Tensor, expand: Tensor, gradient: Tensor | None, *outputs: Tensor) -> None:
+def launch_swiglu(gate: Tensor, expand: Tensor, gradient: Tensor | None, *outputs: Tensor) -> None:
     gate, expand = as_rows(gate), as_rows(expand)
     upstream = gate if gradient is None else as_rows(gradient)
     rows, width = gate.shape
     tiles = row_tiles(width, widest=4096)
-    swiglu_kernel[(ceil_divide(rows, tiles.rows), tiles.pieces)](
+    launch(
+        swiglu_kernel,
+        (ceil_divide(rows, tiles.rows), tiles.pieces),
         gate,
         expand,
         upstream,
@@ -81,7 +90,7 @@ def launch(gate: Tensor, expand: Tensor, gradient: Tensor | None, *outputs: Tens
 @torch.library.custom_op("ml_studies::swiglu", mutates_args=())
 def swiglu_op(gate: Tensor, expand: Tensor) -> Tensor:
     output = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    launch(gate, expand, None, output)
+    launch_swiglu(gate, expand, None, output)
     return output
 
 
@@ -89,7 +98,7 @@ def swiglu_op(gate: Tensor, expand: Tensor) -> Tensor:
 def swiglu_backward_op(gradient: Tensor, gate: Tensor, expand: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and expand."""
     results = [torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2)]
-    launch(gate, expand, gradient, *results)
+    launch_swiglu(gate, expand, gradient, *results)
     return results[0], results[1]
 
 

@@ -26,11 +26,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implementations.lab.ahead_of_time import Variant
+from implementations.layers.rms_norm_triton import load_stream
 from implementations.layers.row_tiles import (
     as_rows,
     ceil_divide,
     check_rows,
     check_same,
+    launch,
     resident_programs,
     row_tiles,
     wide_dtype,
@@ -67,10 +69,10 @@ def forward_kernel(
     for piece in range(PIECES):
         column = piece * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < rows) & (column < width)
-        value = tl.load(x + row * x_stride + column, inside, 0.0).to(wide)
+        value = load_stream(
+            x, residual, stream, row, column, inside, x_stride, residual_stride, ADD, wide
+        )
         if ADD:
-            value += tl.load(residual + row * residual_stride + column, inside, 0.0).to(wide)
-            value = value.to(stream.dtype.element_ty).to(wide)  # the stream as others will read it
             tl.store(stream + row * width + column, value, inside)
         before, after = piece * BLOCK, tl.minimum(piece * BLOCK + BLOCK, width)
         count = after - before
@@ -88,10 +90,9 @@ def forward_kernel(
         column = piece * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < rows) & (column < width)
         if PIECES > 1:
-            value = tl.load(x + row * x_stride + column, inside, 0.0).to(wide)
-            if ADD:
-                value += tl.load(residual + row * residual_stride + column, inside, 0.0).to(wide)
-                value = value.to(stream.dtype.element_ty).to(wide)
+            value = load_stream(
+                x, residual, stream, row, column, inside, x_stride, residual_stride, ADD, wide
+            )
         factor = tl.load(scale + column, column < width, 0.0).to(wide)
         offset = tl.load(shift + column, column < width, 0.0).to(wide)
         tl.store(output + row * width + column, (value - mean) * root * factor + offset, inside)
@@ -178,7 +179,9 @@ def layer_norm_op(
     wide, rows = wide_dtype(x), len(values)
     means, inverse = (torch.empty(rows, dtype=wide, device=x.device) for _ in range(2))
     tiles = row_tiles(width)
-    forward_kernel[(ceil_divide(len(values), tiles.rows),)](
+    launch(
+        forward_kernel,
+        (ceil_divide(len(values), tiles.rows),),
         values,
         added,
         scale.contiguous(),
@@ -227,7 +230,9 @@ def layer_norm_backward_op(
     x_gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     make = torch.empty if tiles.pieces == 1 else torch.zeros
     sums = make(2, programs, width, dtype=inverse.dtype, device=x.device)
-    backward_kernel[(programs,)](
+    launch(
+        backward_kernel,
+        (programs,),
         upstream,
         stream,
         values,

@@ -10,7 +10,7 @@ a wider row is walked over once a pass, and comes from the L2 cache after the fi
 Run     uv run python implementations/layers/row_tiles.py
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,12 @@ def resident_programs(x: Tensor, tiles: int, each: int = 2) -> int:
     if not x.is_cuda:
         return min(tiles, 3)  # the interpreter runs them one after the other
     return min(tiles, each * torch.cuda.get_device_properties(x.device).multi_processor_count)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *others: Any, **options: Any) -> None:
+    """Start a kernel on the GPU of its first argument: Triton takes the current one."""
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *others, **options)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

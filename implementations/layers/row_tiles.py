@@ -87,10 +87,11 @@ def check_rows(x: Tensor, **channels: Tensor) -> None:
 
     Raises:
         ValueError: `x` has no axis, no channel or another dtype than a float; a parameter is not
-            one float a channel on the device of `x`.
+            one float a channel on the device of `x`; one of them is sparse.
     """
     if x.dtype not in DTYPES:
         raise ValueError(f"the kernel computes with floats, got {x.dtype}")
+    check_dense("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"a row needs at least one number, got the shape {tuple(x.shape)}")
     for name, values in channels.items():
@@ -100,16 +101,24 @@ def check_rows(x: Tensor, **channels: Tensor) -> None:
             )
         if values.dtype not in DTYPES:
             raise ValueError(f"{name} holds floats, got {values.dtype}")
+        check_dense(name, values)
         check_device(x, name, values)
 
 
 def check_same(x: Tensor, name: str, other: Tensor) -> None:
-    """Raise ValueError unless the other tensor has the shape, the dtype and the device of `x`."""
+    """Raise ValueError unless the other, dense too, has the shape, dtype and device of `x`."""
     if other.shape != x.shape:
         raise ValueError(f"{name} has the shape {tuple(other.shape)}, x {tuple(x.shape)}")
     if other.dtype != x.dtype:
         raise ValueError(f"{name} is {other.dtype}, x {x.dtype}")
+    check_dense(name, other)
     check_device(x, name, other)
+
+
+def check_dense(name: str, values: Tensor) -> None:
+    """Raise ValueError for a tensor without an address for each of its numbers."""
+    if values.layout != torch.strided:
+        raise ValueError(f"the kernel reads addresses, and {name} is {values.layout}")
 
 
 def check_device(x: Tensor, name: str, other: Tensor) -> None:

@@ -28,21 +28,23 @@ class RowTiles(NamedTuple):
     warps: int
 
 
-def row_tiles(width: int, *, smallest: int = 4096, widest: int = WIDEST) -> RowTiles:
+def row_tiles(
+    width: int, *, smallest: int = 4096, widest: int = WIDEST, most_warps: int = 16
+) -> RowTiles:
     """The tile for rows of a width.
 
     Args:
         width: numbers in a row.
         smallest: numbers that a tile should hold at least, so that its launch is worth it.
         widest: numbers of a row that a program holds at once; a power of two.
+        most_warps: of a program.
     """
     block = min(power_of_two(width), widest)
     rows = max(1, smallest // block)
     # 32 numbers a thread, in 16-byte loads: four in flight for each thread in bfloat16. Forward on
     # an H200, in shares of a copy's speed, RMSNorm reaches 0.93, 0.91, 0.90, 0.88 with these warps
-    # at widths 1024, 4096, 8192, 16,384, and 0.90, 0.90, 0.88, 0.86 with twice as many. LayerNorm
-    # at 16,384 reaches 0.54 with these and 0.81 with half of them: not used yet.
-    warps = min(max(rows * block // 1024, 4), 16)
+    # at widths 1024, 4096, 8192, 16,384, and 0.90, 0.90, 0.88, 0.86 with twice as many.
+    warps = min(max(rows * block // 1024, 4), most_warps)
     return RowTiles(rows, block, ceil_divide(width, block), warps)
 
 

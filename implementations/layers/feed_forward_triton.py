@@ -28,6 +28,10 @@ from implementations.layers.row_tiles import (
     row_tiles,
 )
 
+# Rows of 4096 on an H200, forward and backward, in shares of a copy's speed: 0.97 and 0.98 with 8
+# warps, 0.94 and 0.98 with 4.
+WARPS = 8
+
 
 @triton.jit
 def swiglu_kernel(
@@ -83,7 +87,7 @@ def launch_swiglu(gate: Tensor, expand: Tensor, gradient: Tensor | None, *output
         BACKWARD=gradient is not None,
         ROWS=tiles.rows,
         BLOCK=tiles.block,
-        num_warps=tiles.warps,
+        num_warps=WARPS,
     )
 
 
@@ -139,7 +143,7 @@ def variants() -> Iterator[Variant]:
     integers = ("rows", "width", "gate_stride", "expand_stride", "gradient_stride")
     types = dict.fromkeys(names, "*bf16") | dict.fromkeys(integers, "i32")
     shape = {"WIDE": tl.float32, "BACKWARD": True, "ROWS": tiles.rows, "BLOCK": tiles.block}
-    yield Variant("backward", swiglu_kernel, types, shape, tiles.warps)
+    yield Variant("backward", swiglu_kernel, types, shape, WARPS)
 
 
 def main() -> None:

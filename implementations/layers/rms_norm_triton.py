@@ -34,6 +34,10 @@ from implementations.layers.row_tiles import (
     wide_dtype,
 )
 
+# Forward on an H200, in shares of a copy's speed, by a kernel that differs from this one only in
+# having no pieces. Width 1024: 0.91 with 2 rows and 2 warps, 0.86 with 4 and 4.
+# Width 16,384: 0.90 with 8 warps, 0.65 with 16.
+FORWARD_SMALLEST, FORWARD_WARPS = 2048, 8
 BACKWARD_WIDEST = 8192  # x, its gradient and the scale's sum are held at once
 
 
@@ -172,7 +176,7 @@ def rms_norm_op(
     output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stream = torch.empty(0 if residual is None else x.shape, dtype=x.dtype, device=x.device)
     inverse = torch.empty(len(values), dtype=wide_dtype(x), device=x.device)
-    tiles = row_tiles(width)
+    tiles = row_tiles(width, smallest=FORWARD_SMALLEST, most_warps=FORWARD_WARPS)
     launch(
         forward_kernel,
         (ceil_divide(len(values), tiles.rows),),

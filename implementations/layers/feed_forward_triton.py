@@ -19,7 +19,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implementations.lab.ahead_of_time import Variant
-from implementations.layers.row_tiles import as_rows, ceil_divide, check_rows, check_same, row_tiles
+from implementations.layers.row_tiles import (
+    as_rows,
+    ceil_divide,
+    check_rows,
+    check_same,
+    launch,
+    row_tiles,
+)
+
+# Rows of 4096 on an H200, forward and backward, in shares of a copy's speed: 0.97 and 0.98 with 8
+# warps, 0.94 and 0.98 with 4.
+WARPS = 8
 
 
 @triton.jit
@@ -54,12 +65,14 @@ def swiglu_kernel(
         tl.store(output + at, g * sigmoid * e, inside)
 
 
-def launch(gate: Tensor, expand: Tensor, gradient: Tensor | None, *outputs: Tensor) -> None:
+def launch_swiglu(gate: Tensor, expand: Tensor, gradient: Tensor | None, *outputs: Tensor) -> None:
     gate, expand = as_rows(gate), as_rows(expand)
     upstream = gate if gradient is None else as_rows(gradient)
     rows, width = gate.shape
     tiles = row_tiles(width, widest=4096)
-    swiglu_kernel[(ceil_divide(rows, tiles.rows), tiles.pieces)](
+    launch(
+        swiglu_kernel,
+        (ceil_divide(rows, tiles.rows), tiles.pieces),
         gate,
         expand,
         upstream,
@@ -74,14 +87,14 @@ def launch(gate: Tensor, expand: Tensor, gradient: Tensor | None, *outputs: Tens
         BACKWARD=gradient is not None,
         ROWS=tiles.rows,
         BLOCK=tiles.block,
-        num_warps=tiles.warps,
+        num_warps=WARPS,
     )
 
 
 @torch.library.custom_op("ml_studies::swiglu", mutates_args=())
 def swiglu_op(gate: Tensor, expand: Tensor) -> Tensor:
     output = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    launch(gate, expand, None, output)
+    launch_swiglu(gate, expand, None, output)
     return output
 
 
@@ -89,7 +102,7 @@ def swiglu_op(gate: Tensor, expand: Tensor) -> Tensor:
 def swiglu_backward_op(gradient: Tensor, gate: Tensor, expand: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and expand."""
     results = [torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2)]
-    launch(gate, expand, gradient, *results)
+    launch_swiglu(gate, expand, gradient, *results)
     return results[0], results[1]
 
 
@@ -130,7 +143,7 @@ def variants() -> Iterator[Variant]:
     integers = ("rows", "width", "gate_stride", "expand_stride", "gradient_stride")
     types = dict.fromkeys(names, "*bf16") | dict.fromkeys(integers, "i32")
     shape = {"WIDE": tl.float32, "BACKWARD": True, "ROWS": tiles.rows, "BLOCK": tiles.block}
-    yield Variant("backward", swiglu_kernel, types, shape, tiles.warps)
+    yield Variant("backward", swiglu_kernel, types, shape, WARPS)
 
 
 def main() -> None:

@@ -28,12 +28,38 @@ from implementations.layers.row_tiles import (
     ceil_divide,
     check_rows,
     check_same,
+    launch,
     resident_programs,
     row_tiles,
     wide_dtype,
 )
 
+# Forward on an H200, in shares of a copy's speed, by a kernel that differs from this one only in
+# having no pieces. Width 1024: 0.91 with 2 rows and 2 warps, 0.86 with 4 and 4.
+# Width 16,384: 0.90 with 8 warps, 0.65 with 16.
+FORWARD_SMALLEST, FORWARD_WARPS = 2048, 8
 BACKWARD_WIDEST = 8192  # x, its gradient and the scale's sum are held at once
+
+
+@triton.jit
+def load_stream(
+    x,
+    residual,
+    stream,
+    row,
+    column,
+    inside,
+    x_stride,
+    residual_stride,
+    ADD: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """x, or x + residual rounded as the stream that others will read."""
+    value = tl.load(x + row * x_stride + column, inside, 0.0).to(WIDE)
+    if ADD:
+        value += tl.load(residual + row * residual_stride + column, inside, 0.0).to(WIDE)
+        value = value.to(stream.dtype.element_ty).to(WIDE)
+    return value
 
 
 @triton.jit
@@ -61,10 +87,10 @@ def forward_kernel(
     for piece in range(PIECES):
         column = piece * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < rows) & (column < width)
-        value = tl.load(x + row * x_stride + column, inside, 0.0).to(wide)
+        value = load_stream(
+            x, residual, stream, row, column, inside, x_stride, residual_stride, ADD, wide
+        )
         if ADD:
-            value += tl.load(residual + row * residual_stride + column, inside, 0.0).to(wide)
-            value = value.to(stream.dtype.element_ty).to(wide)  # the stream as others will read it
             tl.store(stream + row * width + column, value, inside)
         squares += tl.sum(value * value, axis=1, keep_dims=True)
     # In float64: one number a row, where float32 has only an approximate root and quotient.
@@ -74,10 +100,9 @@ def forward_kernel(
         column = piece * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < rows) & (column < width)
         if PIECES > 1:
-            value = tl.load(x + row * x_stride + column, inside, 0.0).to(wide)
-            if ADD:
-                value += tl.load(residual + row * residual_stride + column, inside, 0.0).to(wide)
-                value = value.to(stream.dtype.element_ty).to(wide)
+            value = load_stream(
+                x, residual, stream, row, column, inside, x_stride, residual_stride, ADD, wide
+            )
         factor = tl.load(scale + column, column < width, 0.0).to(wide)
         tl.store(output + row * width + column, value * root * factor, inside)
 
@@ -151,8 +176,10 @@ def rms_norm_op(
     output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stream = torch.empty(0 if residual is None else x.shape, dtype=x.dtype, device=x.device)
     inverse = torch.empty(len(values), dtype=wide_dtype(x), device=x.device)
-    tiles = row_tiles(width)
-    forward_kernel[(ceil_divide(len(values), tiles.rows),)](
+    tiles = row_tiles(width, smallest=FORWARD_SMALLEST, most_warps=FORWARD_WARPS)
+    launch(
+        forward_kernel,
+        (ceil_divide(len(values), tiles.rows),),
         values,
         added,
         scale.contiguous(),
@@ -193,7 +220,9 @@ def rms_norm_backward_op(
     x_gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     make = torch.empty if tiles.pieces == 1 else torch.zeros
     scale_gradient = make(programs, width, dtype=inverse.dtype, device=x.device)
-    backward_kernel[(programs,)](
+    launch(
+        backward_kernel,
+        (programs,),
         upstream,
         stream,
         values,

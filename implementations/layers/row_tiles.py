@@ -10,7 +10,7 @@ a wider row is walked over once a pass, and comes from the L2 cache after the fi
 Run     uv run python implementations/layers/row_tiles.py
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,21 +28,24 @@ class RowTiles(NamedTuple):
     warps: int
 
 
-def row_tiles(width: int, *, smallest: int = 4096, widest: int = WIDEST) -> RowTiles:
+def row_tiles(
+    width: int, *, smallest: int = 4096, widest: int = WIDEST, most_warps: int = 16
+) -> RowTiles:
     """The tile for rows of a width.
 
     Args:
         width: numbers in a row.
         smallest: numbers that a tile should hold at least, so that its launch is worth it.
         widest: numbers of a row that a program holds at once; a power of two.
+        most_warps: of a program.
     """
     block = min(power_of_two(width), widest)
     rows = max(1, smallest // block)
     # 32 numbers a thread, in 16-byte loads: four in flight for each thread in bfloat16. Forward on
-    # an H200, in shares of a copy's speed, RMSNorm reaches 0.93, 0.91, 0.90, 0.88 with these warps
-    # at widths 1024, 4096, 8192, 16,384, and 0.90, 0.90, 0.88, 0.86 with twice as many. LayerNorm
-    # at 16,384 reaches 0.54 with these and 0.81 with half of them: not used yet.
-    warps = min(max(rows * block // 1024, 4), 16)
+    # an H200, in shares of a copy's speed, RMSNorm reached 0.93, 0.91, 0.90, 0.88 with these warps
+    # at widths 1024, 4096, 8192, 16,384, and 0.90, 0.90, 0.88, 0.86 with twice as many. A kernel
+    # that has measured better tiles since passes them.
+    warps = min(max(rows * block // 1024, smallest // 1024), most_warps)
     return RowTiles(rows, block, ceil_divide(width, block), warps)
 
 
@@ -71,6 +74,12 @@ def resident_programs(x: Tensor, tiles: int, each: int = 2) -> int:
     return min(tiles, each * torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
+def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *others: Any, **options: Any) -> None:
+    """Start a kernel on the GPU of its first argument: Triton takes the current one."""
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *others, **options)
+
+
 def wide_dtype(x: Tensor) -> torch.dtype:
     """What a kernel computes in: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -81,10 +90,11 @@ def check_rows(x: Tensor, **channels: Tensor) -> None:
 
     Raises:
         ValueError: `x` has no axis, no channel or another dtype than a float; a parameter is not
-            one float a channel on the device of `x`.
+            one float a channel on the device of `x`; one of them is sparse.
     """
     if x.dtype not in DTYPES:
         raise ValueError(f"the kernel computes with floats, got {x.dtype}")
+    check_dense("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"a row needs at least one number, got the shape {tuple(x.shape)}")
     for name, values in channels.items():
@@ -94,16 +104,24 @@ def check_rows(x: Tensor, **channels: Tensor) -> None:
             )
         if values.dtype not in DTYPES:
             raise ValueError(f"{name} holds floats, got {values.dtype}")
+        check_dense(name, values)
         check_device(x, name, values)
 
 
 def check_same(x: Tensor, name: str, other: Tensor) -> None:
-    """Raise ValueError unless the other tensor has the shape, the dtype and the device of `x`."""
+    """Raise ValueError unless the other, dense too, has the shape, dtype and device of `x`."""
     if other.shape != x.shape:
         raise ValueError(f"{name} has the shape {tuple(other.shape)}, x {tuple(x.shape)}")
     if other.dtype != x.dtype:
         raise ValueError(f"{name} is {other.dtype}, x {x.dtype}")
+    check_dense(name, other)
     check_device(x, name, other)
+
+
+def check_dense(name: str, values: Tensor) -> None:
+    """Raise ValueError for a tensor without an address for each of its numbers."""
+    if values.layout != torch.strided:
+        raise ValueError(f"the kernel reads addresses, and {name} is {values.layout}")
 
 
 def check_device(x: Tensor, name: str, other: Tensor) -> None:

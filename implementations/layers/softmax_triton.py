@@ -30,6 +30,7 @@ from implementations.layers.row_tiles import (
     as_rows,
     ceil_divide,
     check_rows,
+    launch,
     row_tiles,
     wide_dtype,
 )
@@ -120,7 +121,9 @@ def softmax_op(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide, (rows, width) = wide_dtype(x), values.shape
     maxima, totals = (torch.empty(rows, dtype=wide, device=x.device) for _ in range(2))
     tiles = row_tiles(width)
-    forward_kernel[(ceil_divide(rows, tiles.rows),)](
+    launch(
+        forward_kernel,
+        (ceil_divide(rows, tiles.rows),),
         values,
         output,
         maxima,
@@ -142,7 +145,9 @@ def softmax_backward_op(gradient: Tensor, x: Tensor, maxima: Tensor, totals: Ten
     upstream, values = as_rows(gradient), as_rows(x)
     rows, width = values.shape
     tiles = row_tiles(width)
-    backward_kernel[(ceil_divide(rows, tiles.rows),)](
+    launch(
+        backward_kernel,
+        (ceil_divide(rows, tiles.rows),),
         upstream,
         values,
         maxima,

@@ -19,9 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from implementations.lab.ahead_of_time import Variant
+from implementations.layers.row_tiles import launch
 from implementations.optimizers.adamw import AdamWState, check, wide_dtype
 
-BLOCK, WARPS = 2048, 4  # 16 numbers a thread: four 16-byte loads of each of four tensors
+# 16 numbers a thread: four 16-byte loads of each of four tensors. On an H200 0.99 of a copy's
+# speed; blocks of 2048 with 4 warps 0.96.
+BLOCK, WARPS = 1024, 2
 DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -110,7 +113,9 @@ def adamw_op(
     addresses = torch.tensor(flat).to(device, non_blocking=True)
     numbers = torch.tensor(settings, dtype=torch.float64).to(device, non_blocking=True)
     owners, starts, sizes = block_tables(tuple(p.numel() for p in parameters), device)
-    adamw_kernel[(len(owners),)](
+    launch(
+        adamw_kernel,
+        (len(owners),),
         addresses,
         numbers,
         owners,

@@ -91,6 +91,12 @@ BAD = {
     "other rank": (X, X[None], r"expand has the shape \(1, 2, 3\), x \(2, 3\)"),
     "other dtype": (X, X.half(), "expand is torch.float16, x torch.float32"),
     "elsewhere": (X, X.to("meta"), "expand is on meta, x on cpu"),
+    "Boolean": (X.bool(), X, "computes with floats, got torch.bool"),
+    "eight bits": (X.to(torch.float8_e5m2), X, "computes with floats, got torch.float8_e5m2"),
+    "wider": (X, X.double(), "expand is torch.float64, x torch.float32"),
+    "no rows beside rows": (X, X[:0], r"expand has the shape \(0, 3\), x \(2, 3\)"),
+    "sparse": (X.to_sparse(), X, "reads addresses, and x is torch.sparse_coo"),
+    "sparse beside dense": (X, X.to_sparse(), "reads addresses, and expand is torch.sparse_coo"),
 }
 
 

@@ -62,6 +62,14 @@ def test_a_wide_scale_beside_narrow_rows():
     assert_same_accuracy(rms_norm_triton, rms_norm_naive, x, scale.float())
 
 
+def test_the_norm_reads_the_rounded_stream():
+    """The sum's norm is that of the float16 stream that it returns, to the last bit."""
+    x, residual, scale = inputs((8, 257), torch.float16)
+    output, stream = add_rms_norm_triton(100 * x, residual, scale)
+    assert torch.equal(stream, 100 * x + residual)
+    assert torch.equal(output, rms_norm_triton(stream, scale))
+
+
 def test_strided_rows(view):
     whole = torch.randn(60, 300, dtype=torch.float64, device=DEVICE)
     scale = torch.randn(2 * view(whole).shape[-1], dtype=torch.float64, device=DEVICE)

@@ -81,9 +81,21 @@ BAD = {
     "integers": (X.int(), "computes with floats, got torch.int32"),
     "complex": (X.cfloat(), "computes with floats, got torch.complex64"),
     "Boolean": (X.bool(), "computes with floats, got torch.bool"),
+    "long integers": (X.long(), "computes with floats, got torch.int64"),
+    "bytes": (X.byte(), "computes with floats, got torch.uint8"),
+    "signed bytes": (X.char(), "computes with floats, got torch.int8"),
+    "wide complex": (X.cdouble(), "computes with floats, got torch.complex128"),
     "eight bits": (X.to(torch.float8_e4m3fn), "computes with floats, got torch.float8_e4m3fn"),
+    "eight other bits": (X.to(torch.float8_e5m2), "with floats, got torch.float8_e5m2"),
     "no axis": (X[0, 0], r"at least one number, got the shape \(\)"),
     "no channel": (X[:, :0], r"at least one number, got the shape \(2, 0\)"),
+    "no channel in a stack": (X[None, :, :0], r"at least one number, got the shape \(1, 2, 0\)"),
+    "no row and no channel": (X[:0, :0], r"at least one number, got the shape \(0, 0\)"),
+    "sparse": (X.to_sparse(), "reads addresses, and x is torch.sparse_coo"),
+    "eight bits without zeros of two signs": (
+        X.to(torch.float8_e4m3fnuz),
+        "got torch.float8_e4m3fnuz",
+    ),
 }
 
 

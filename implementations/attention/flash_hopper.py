@@ -28,7 +28,7 @@ Run     uv run python implementations/attention/flash_hopper.py
 import math
 from collections.abc import Iterator
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -445,17 +445,24 @@ def variants() -> Iterator[Variant]:
 
 def variant(dim: int, causal: bool, dtype: gl.dtype) -> Variant:
     consumers, registers = forward_tiles(dim)
-    types: dict[str, Any] = {}
-    for name in ("query", "key", "value", "output"):
-        block = [1, 1, (KEYS if name in ("key", "value") else ROWS).value, dim]
-        layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-        types[name] = f"tensordesc<{dtype}{block},{layout!r}>"
+    rows = {"query": ROWS, "key": KEYS, "value": KEYS, "output": ROWS}
+    types = block_types({name: count.value for name, count in rows.items()}, dim, dtype)
     types |= {"log_sum_exp": "*fp32"}
     types |= dict.fromkeys(("tiles", "heads", "group", "queries", "keys"), "i32")
     types |= {"scale": "fp32"}
     constants = {"CAUSAL": causal, "PAIRED": causal, "CONSUMERS": consumers, "REGISTERS": registers}
     label = f"forward, dim {dim}, {dtype}" + ", causal" * causal
     return Variant(label, forward_kernel, types, constants, capabilities=(90,))
+
+
+def block_types(rows: dict[str, int], dim: int, dtype: gl.dtype) -> dict[str, str]:
+    """Triton's names for descriptors of blocks with so many rows."""
+    types = {}
+    for name, count in rows.items():
+        block = [1, 1, count, dim]
+        layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+        types[name] = f"tensordesc<{dtype}{block},{layout!r}>"
+    return types
 
 
 def main() -> None:

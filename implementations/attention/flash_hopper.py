@@ -415,6 +415,7 @@ def flash_attention_hopper_with_log_sum_exp(
     value: Float[Tensor, "*batch key_head key dim"],
     *,
     causal: bool = False,
+    window: int | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Float[Tensor, "*batch head query dim"], Float[Tensor, "*batch head query"]]:
@@ -425,10 +426,12 @@ def flash_attention_hopper_with_log_sum_exp(
     every time, as flash_triton's is.
 
     Raises:
-        ValueError: as `check_flash_inputs`; a dim, dtype or device that the kernels do not know, an
-            empty batch, or a scale that is not positive.
+        ValueError: as `check_flash_inputs`; a window, a dim, dtype or device that the kernels do
+            not know, an empty batch, or a scale that is not positive.
     """
-    check_flash_inputs(query, key, value, causal=causal, mask=mask)
+    check_flash_inputs(query, key, value, causal=causal, window=window, mask=mask)
+    if window is not None:
+        raise ValueError(f"the kernels for Hopper know no window, got {window}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     check_kernel_inputs(query, value, scale, DIMS, DTYPES)
     if not query.is_cuda:
@@ -470,7 +473,9 @@ def main() -> None:
     from implementations.lab.compare import allowed, error
 
     if not torch.cuda.is_available():
-        print("there is no GPU: implementations/lab/ahead_of_time.py compiles the kernels without one")
+        print(
+            "there is no GPU: implementations/lab/ahead_of_time.py compiles the kernels without one"
+        )
         return
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 8, 2000, 128, device="cuda").bfloat16() for _ in range(3))

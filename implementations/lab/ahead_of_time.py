@@ -122,8 +122,9 @@ def serializations(ptx: str, capability: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
-        command += [str(file), "-o", str(file.with_suffix(".cubin"))]
+        arch = sm_arch_from_capability(capability)
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", str(file)]
+        command += ["-o", str(file.with_suffix(".cubin"))]
         said = subprocess.run(command, check=True, capture_output=True, text=True)
     return (said.stdout + said.stderr).count("wgmma.mma_async instructions are serialized")
 

@@ -12,8 +12,8 @@ the other consumer's products do. Scores and weights stay in registers all the t
 
 Every buffer has two barriers. The copy engine completes `full` when its bytes are there; each
 consumer arrives at `empty` when it has read them. A counter that never restarts gives a buffer's
-slot, count % STAGES, and the phase of its barriers, count // STAGES & 1. A wait for the phase before
-the first one passes: fresh buffers are empty.
+slot, count % STAGES, and the phase of its barriers, count // STAGES & 1. A wait for the phase
+before the first one passes: fresh buffers are empty.
 
 The grid is as large as the GPU. When causal, tiles are long and short: a program takes tile i of
 all, then the i-th from the end, and so on, which is the same work for each and needs no counter.
@@ -31,7 +31,6 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from jaxtyping import Float
 from torch import Tensor
 from triton.experimental import gluon
@@ -81,7 +80,8 @@ def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 def make_buffers(descriptor, COUNT: gl.constexpr):
     """Room on the chip for so many blocks of what the descriptor describes."""
     block: gl.constexpr = descriptor.block_type.shape
-    return gl.allocate_shared_memory(descriptor.dtype, [COUNT] + block, descriptor.layout)
+    shape: gl.constexpr = [COUNT] + block  # noqa: RUF005  Gluon does not know a star
+    return gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
 
 
 @gluon.jit

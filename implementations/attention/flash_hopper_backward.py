@@ -1,4 +1,4 @@
-"""The backward of FlashAttention for Hopper GPUs in Gluon: five products a block, none of them twice.
+"""FlashAttention's backward for Hopper GPUs in Gluon: five products a block, none of them twice.
 
     block j     Sᵀ = K Qᵀ,  dPᵀ = V dOᵀ      issued together; then, as each is there,
                 P = e^(S - L)                while dPᵀ is made
@@ -7,21 +7,21 @@
                 add dQ to memory             while dK is made
 
 A program has 128 keys, a consumer 64 of them, with their dK and dV in registers; blocks of 64
-queries stream past, of every query head that shares the keys. Scores are transposed, keys x queries,
-so that Pᵀ and dSᵀ are at once in the registers from which a product takes its left side. dS also goes
-to shared memory: dQ needs all 128 keys, and each consumer makes half of its columns. One block late
-it need not wait: the other consumer has long written its part. After each block a consumer arrives
-at `done`, once for three facts: this stage may be filled again, my part of dS is written, I have
-read the other dS.
+queries stream past, of every query head that shares the keys. Scores are transposed, keys x
+queries, so that Pᵀ and dSᵀ are at once in the registers from which a product takes its left side.
+dS also goes to shared memory: dQ needs all 128 keys, and each consumer makes half of its columns.
+One block late it need not wait: the other consumer has long written its part. After each block a
+consumer arrives at `done`, once for three facts: this stage may be filled again, my part of dS is
+written, I have read the other dS.
 
-All programs of a head add to the same dQ, in float32 and in no fixed order: its last bits change from
-run to run. flash_triton.py computes dQ in a pass of its own, always the same. The sum is kept in the
-order of the matrix unit's registers, so that a warp adds 512 contiguous bytes.
+All programs of a head add to the same dQ, in float32 and in no fixed order: its last bits change
+from run to run. flash_triton.py computes dQ in a pass of its own, always the same. The sum is kept
+in the order of the matrix unit's registers, so that a warp adds 512 contiguous bytes.
 
 Paper   Shah et al. 2024, arXiv:2407.08608
 Naive   flash.py. Forward: flash_hopper.py
 Shapes  query, output [..., head, query, dim]    key, value [..., key_head, key, dim]
-Legend  q k v o: tiles of query, key, value, output    d before a name: its gradient    L, Δ: flash.py
+Legend  q k v o: tiles of query, key, value, output    d before a name: its gradient
 Run     uv run python implementations/attention/flash_hopper_backward.py
 """
 
@@ -42,7 +42,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from implementations.attention.flash_hopper import (
-    DIMS,
     block_types,
     flash_attention_hopper,
     make_barriers,
@@ -94,7 +93,7 @@ def finish_kernel(
     heads, queries, scale, QUERIES: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Undo `in_register_order` for one half of the columns of a block, scale, round."""
-    plane, batch, head, first = own_tile(queries, heads, False, QUERIES)
+    _, batch, head, first = own_tile(queries, heads, False, QUERIES)
     HALF: tl.constexpr = DIM // 2
     part = tl.program_id(0).to(tl.int64) * 2 + tl.program_id(1)
     x = tl.load(dq_sum + part * QUERIES * HALF + tl.arange(0, QUERIES * HALF)) * scale

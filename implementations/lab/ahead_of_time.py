@@ -6,8 +6,8 @@
     serial      remarks of the assembler that these must wait for each other (C7510 and its kin)
 
 The interpreter, which runs the kernels in the tests, knows nothing of all this. A kernel file
-(its name ends as ENDINGS say) offers itself through a function `variants()` that yields `Variant`s;
-the files are found by their names. The interpreter must be off: Triton reads TRITON_INTERPRET when a
+(its name ends as ENDINGS say) offers itself through a function `variants()` that yields
+`Variant`s; the files are found by their names. The interpreter must be off: Triton reads TRITON_INTERPRET when a
 kernel is decorated, so a process does one or the other.
 
 Run     uv run python implementations/lab/ahead_of_time.py

@@ -7,8 +7,8 @@
 
 The interpreter, which runs the kernels in the tests, knows nothing of all this. A kernel file
 (its name ends as ENDINGS say) offers itself through a function `variants()` that yields
-`Variant`s; the files are found by their names. The interpreter must be off: Triton reads TRITON_INTERPRET when a
-kernel is decorated, so a process does one or the other.
+`Variant`s; the files are found by their names. The interpreter must be off: Triton reads
+TRITON_INTERPRET when a kernel is decorated, so a process does one or the other.
 
 Run     uv run python implementations/lab/ahead_of_time.py
         uv run python implementations/lab/ahead_of_time.py implementations/layers/rms_norm_triton.py

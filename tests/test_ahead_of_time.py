@@ -24,15 +24,16 @@ def table() -> list[list[str]]:
     command = [sys.executable, str(ROOT / "implementations/lab/ahead_of_time.py")]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    return [line.split(None, 5) for line in run.stdout.splitlines()[1:]]
+    return [line.split(None, 6) for line in run.stdout.splitlines()[1:]]
 
 
 @pytest.mark.parametrize("path", kernel_files(), ids=str)
 def test_compiles_and_keeps_its_numbers_in_registers(path, table):
-    own = [row for row in table if row[5].startswith(f"{path}: ")]
+    own = [row for row in table if row[6].startswith(f"{path}: ")]
     assert own, "nothing of this file was compiled"
-    for gpu, registers, spilled, allowed, _, name in own:
+    for gpu, registers, spilled, allowed, _, serial, name in own:
         assert int(spilled) <= int(allowed), f"{name} spills {spilled} bytes on {gpu}"
+        assert serial == "0", f"{name}: its asynchronous products wait for each other on {gpu}"
         assert 16 <= int(registers) <= 255
 
 
@@ -66,6 +67,42 @@ print(cost(Variant("large", shares, types, {"BLOCK": 16384}, warps=1), 90).spill
     assert run.returncode == 0, run.stderr
     small, large = map(int, run.stdout.split())
     assert small == 0 < large
+
+
+def test_products_that_wait_for_each_other_are_seen(tmp_path):
+    """The second kernel reads a product's registers before it waits for the product."""
+    script = tmp_path / "waits.py"
+    script.write_text(
+        """
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from implementations.lab.ahead_of_time import Variant, cost
+
+
+@gluon.jit
+def powers(x, LEFT: gl.constexpr):
+    SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    a = gl.allocate_shared_memory(gl.bfloat16, [64, 64], SHARED)
+    total = gl.full([64, 64], 0.0, gl.float32, SUMS)
+    for _ in range(8):
+        flying = warpgroup_mma(a, a, total, is_async=True)
+        total = warpgroup_mma_wait(LEFT, deps=(flying,)) * 0.5
+    row = gl.arange(0, 64, gl.SliceLayout(1, SUMS))[:, None]
+    gl.store(x + row * 64 + gl.arange(0, 64, gl.SliceLayout(0, SUMS))[None, :], total)
+
+
+for left in (0, 1):
+    print(cost(Variant("powers", powers, {"x": "*fp32"}, {"LEFT": left}), 90).serial)
+"""
+    )
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    right, early = map(int, run.stdout.split())
+    assert right == 0 < early
 
 
 def test_a_kernel_file_without_variants_is_named():

@@ -23,7 +23,7 @@ Run     uv run python implementations/attention/flash_triton.py
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -531,30 +531,53 @@ def flash_attention_triton_with_log_sum_exp(
     check_flash_inputs(query, key, value, causal=causal, window=window, mask=mask)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     check_kernel_inputs(query, value, scale)
+    check_runs(query)
     if window is not None and window >= key.shape[-2]:
         window = None
+    return in_four_dimensions(forward, query, key, value, causal, window, scale)
+
+
+def in_four_dimensions(
+    operator: Callable, query: Tensor, key: Tensor, value: Tensor, *options
+) -> tuple[Tensor, Tensor]:
+    """What a kernel's operator, which wants one batch dimension, says of any number of them."""
     if query.ndim == 4:
-        return forward(query, key, value, causal, window, scale)
+        return operator(query, key, value, *options)
     planes = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-    output, log_sum_exp = forward(*planes, causal, window, scale)
+    output, log_sum_exp = operator(*planes, *options)
     return output.reshape(query.shape), log_sum_exp.reshape(query.shape[:-1])
 
 
-def check_kernel_inputs(query: Tensor, value: Tensor, scale: float) -> None:
-    """What the kernels ask beyond `check_flash_inputs`.
+def check_kernel_inputs(
+    query: Tensor,
+    value: Tensor,
+    scale: float,
+    dims: tuple[int, ...] = DIMS,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> None:
+    """What kernels that know these dims and dtypes ask beyond `check_flash_inputs`.
 
     Raises:
         ValueError: a sentence with the rule and the value.
     """
-    if query.dtype not in DTYPES:
-        raise ValueError(f"the kernels compute in 16, 32 or 64 bits, got {query.dtype}")
-    if query.shape[-1] not in DIMS or value.shape[-1] != query.shape[-1]:
-        dims = f"{query.shape[-1]} and values of {value.shape[-1]}"
-        raise ValueError(f"the kernels know one dim of {DIMS} for all three, got {dims}")
+    if query.dtype not in dtypes:
+        known = ", ".join(map(str, dtypes))
+        raise ValueError(f"the kernels compute in {known}, got {query.dtype}")
+    if query.shape[-1] not in dims or value.shape[-1] != query.shape[-1]:
+        got = f"{query.shape[-1]} and values of {value.shape[-1]}"
+        raise ValueError(f"the kernels know one dim of {dims} for all three, got {got}")
     if query.numel() == 0:
         raise ValueError(f"there is at least one text in the batch, got {list(query.shape)}")
     if not 0 < scale < math.inf:
         raise ValueError(f"the scale is positive and finite, got {scale}")
+
+
+def check_runs(query: Tensor) -> None:
+    """A GPU or the interpreter, which does not know bfloat16.
+
+    Raises:
+        ValueError: a sentence with the rule and the value.
+    """
     if not (query.is_cuda or INTERPRETED):
         advice = "set TRITON_INTERPRET=1 to run the kernels on a CPU, slowly"
         raise ValueError(f"the kernels run on a CUDA GPU, got {query.device}: {advice}")

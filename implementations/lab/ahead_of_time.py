@@ -3,11 +3,12 @@
     registers   of one thread; a multiprocessor has 65,536 for all of its threads
     spilled     bytes of a thread's numbers that found no register and went to memory
     wgmma       Hopper's asynchronous matrix instructions in the program
+    serial      remarks of the assembler that these must wait for each other (C7510 and its kin)
 
 The interpreter, which runs the kernels in the tests, knows nothing of all this. A kernel file
-(*_triton.py, *_hopper.py) offers itself through a function `variants()` that yields `Variant`s; the
-files are found by their names. The interpreter must be off: Triton reads TRITON_INTERPRET when a
-kernel is decorated, so a process does one or the other.
+(its name ends as ENDINGS say) offers itself through a function `variants()` that yields
+`Variant`s; the files are found by their names. The interpreter must be off: Triton reads
+TRITON_INTERPRET when a kernel is decorated, so a process does one or the other.
 
 Run     uv run python implementations/lab/ahead_of_time.py
         uv run python implementations/lab/ahead_of_time.py implementations/layers/rms_norm_triton.py
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 from implementations.lab.command_line import clear_errors
 
 ROOT = Path(__file__).parents[2]
-ENDINGS = ("_triton.py", "_hopper.py")
+ENDINGS = ("_triton.py", "_hopper.py", "_hopper_backward.py")
 
 
 class Variant(NamedTuple):
@@ -61,6 +62,7 @@ class Cost(NamedTuple):
     registers: int
     spilled: int
     wgmma: int
+    serial: int
 
 
 def kernel_files() -> list[Path]:
@@ -106,7 +108,25 @@ def cost(variant: Variant, capability: int) -> Cost:
     )
     usage = resource_usage(compiled.asm["cubin"])
     wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
-    return Cost(usage["REG"], usage["STACK"] + usage["LOCAL"], wgmma)
+    serial = serializations(compiled.asm["ptx"], capability) if wgmma else 0
+    return Cost(usage["REG"], usage["STACK"] + usage["LOCAL"], wgmma, serial)
+
+
+def serializations(ptx: str, capability: int) -> int:
+    """How often the assembler says that asynchronous products will run one after the other.
+
+    Triton assembles with the same program and hides what it says.
+    """
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        arch = sm_arch_from_capability(capability)
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", str(file)]
+        command += ["-o", str(file.with_suffix(".cubin"))]
+        said = subprocess.run(command, check=True, capture_output=True, text=True)
+    return (said.stdout + said.stderr).count("wgmma.mma_async instructions are serialized")
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -127,14 +147,15 @@ def main(paths: list[Path]) -> None:
         raise ValueError("under TRITON_INTERPRET=1 kernels are interpreted and never compiled")
     # Without a GPU, Triton does not know that it may fuse a product and a sum, and forbids it.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    print("gpu    registers  spilled  allowed  wgmma  kernel")
+    print("gpu    registers  spilled  allowed  wgmma  serial  kernel")
     for path in paths or kernel_files():
         for variant in variants_of(path):
             for capability in variant.capabilities:
                 seen = cost(variant, capability)
                 print(
                     f"sm_{capability}  {seen.registers:9}  {seen.spilled:7}  "
-                    f"{variant.most_spilled:7}  {seen.wgmma:5}  {path}: {variant.name}"
+                    f"{variant.most_spilled:7}  {seen.wgmma:5}  {seen.serial:6}  "
+                    f"{path}: {variant.name}"
                 )
 
 

@@ -1,17 +1,28 @@
 """FlashAttention's kernels against the equation, on every shape that they have a branch for.
 
+One contract for those in Triton and those in Gluon for Hopper, which only a Hopper GPU can run.
+
 Without a GPU they run in Triton's interpreter, on small shapes; tests marked `cuda` compile them.
 """
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from implementations.attention.flash import flash_attention_with_log_sum_exp
+from implementations.attention.flash_hopper import DIMS as HOPPER_DIMS
+from implementations.attention.flash_hopper import (
+    flash_attention_hopper,
+    flash_attention_hopper_with_log_sum_exp,
+)
+from implementations.attention.flash_hopper import forward as forward_hopper
+from implementations.attention.flash_hopper_backward import backward as backward_hopper
 from implementations.attention.flash_triton import (
     DIMS,
     backward,
@@ -77,6 +88,45 @@ LARGE = [
 ]
 
 
+class Form(NamedTuple):
+    """Kernels under one contract, and the plainest inputs that they take."""
+
+    attention: Callable
+    with_log_sum_exp: Callable
+    dtype: torch.dtype
+    dim: int
+
+    def drawn(self, case):
+        return drawn((*case[:5], self.dim, *case[6:]), self.dtype)
+
+
+TRITON = Form(
+    flash_attention_triton, flash_attention_triton_with_log_sum_exp, torch.float32, 16
+)  # fmt: skip
+HOPPER = Form(
+    flash_attention_hopper, flash_attention_hopper_with_log_sum_exp, torch.bfloat16, 64
+)  # fmt: skip
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+on_hopper = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU"),
+]
+FORMS = pytest.mark.parametrize(
+    "form",
+    [pytest.param(TRITON, id="triton"), pytest.param(HOPPER, id="hopper", marks=on_hopper)],
+)
+# The same grid without windows, for the dims of the Hopper kernels; and more blocks, odd shifts.
+HOPPER_CASES = [(*case[:-1], None) for case in [*HALVES, *LARGE] if case[5] in HOPPER_DIMS]
+HOPPER_CASES += [
+    (1, 2, 2, 128, 128, 128, False, None),  # no tail at all
+    (1, 1, 1, 1, 1, 64, True, None),
+    (1, 2, 1, 300, 4000, 64, True, None),  # a long past
+    (3, 11, 11, 1111, 1111, 128, True, None),  # more tiles than multiprocessors: in pairs
+    (4, 32, 8, 1100, 1100, 64, True, None),
+    (1, 2, 2, 700, 65, 128, False, None),  # more queries than keys
+]
+
+
 def drawn(case, dtype, device=DEVICE):
     batch, heads, key_heads, queries, keys, dim, *_ = case
     sizes = (heads, queries), (key_heads, keys), (key_heads, keys)
@@ -91,10 +141,10 @@ def equation(query, key, value, causal, window, scale=None):
     return attention_naive(query, key, value, mask=mask, scale=scale)
 
 
-def both(case, **options):
+def both(case, form=TRITON, **options):
     causal, window = case[-2:]
     options |= {"causal": causal, "window": window}
-    return partial(flash_attention_triton, **options), partial(equation, **options)
+    return partial(form.attention, **options), partial(equation, **options)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -126,6 +176,53 @@ def test_as_accurate_as_the_equation_when_compiled(case, dtype):
     assert_same_accuracy(*both(case), *drawn(case, dtype), known=known)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_as_accurate_as_the_equation_on_hopper(case, dtype):
+    assert_same_accuracy(*both(case, HOPPER), *drawn(case, dtype))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_log_sum_exp_and_its_gradient_on_hopper(case):
+    """Against the readable form in float64. Scores of 16-bit inputs are exact but for float32's
+    sums; the gradients are rounded to 16 bits, a few times."""
+    inputs = [x.requires_grad_() for x in drawn(case, torch.bfloat16)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    causal = case[-2]
+    total = flash_attention_hopper_with_log_sum_exp(*inputs, causal=causal)[1]
+    wanted = flash_attention_with_log_sum_exp(*wide, causal=causal)[1]
+    assert total.dtype == torch.float32
+    assert error(total, wanted).largest < 1e-4
+    upstream = torch.randn_like(total)
+    got = torch.autograd.grad(total, inputs[:2], upstream)
+    exact = torch.autograd.grad(wanted, wide[:2], upstream.double())
+    for gradient, want in zip(got, exact, strict=True):
+        seen = error(gradient, want)
+        assert seen.mean <= 2**-8 * want.abs().mean()
+        assert seen.largest <= 2**-6 * want.abs().max()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
+def test_launches_on_two_streams_do_not_meet():
+    """And a launch repeated gives the same bits: nothing is left over from the one before."""
+    inputs = [drawn((4, 8, 8, 1024, 1024, 128, True, None), torch.bfloat16) for _ in range(2)]
+    wanted = [flash_attention_hopper(*each, causal=True) for each in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        got = []
+        for stream, each in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(flash_attention_hopper(*each, causal=True))
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, got, wanted))
+
+
 @pytest.mark.parametrize("case", [SMALL[8], SMALL[11], SMALL[16]], ids=str)
 def test_log_sum_exp_and_its_gradient_are_those_of_the_readable_form(case):
     """A loss on both results: the gradient of the log-sum-exp joins Δ."""
@@ -147,6 +244,18 @@ def test_the_log_sum_exp_alone_has_a_gradient():
     flash_attention_triton_with_log_sum_exp(query, key, value)[1].sum().backward()
     weights = attention_weights(query.detach(), key) * 16**-0.5
     torch.testing.assert_close(query.grad, weights @ key, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
+def test_strided_inputs_on_hopper():
+    """Heads cut from one projection, and columns, which are copied first."""
+    packed = torch.randn(2, 140, 3, 4, 64, dtype=torch.bfloat16, device=DEVICE)
+    query, key, value = packed.permute(2, 0, 3, 1, 4)
+    wanted = flash_attention_hopper(*(x.contiguous() for x in (query, key, value)))
+    assert torch.equal(flash_attention_hopper(query, key, value), wanted)
+    columns = query.mT.contiguous().mT
+    assert torch.equal(flash_attention_hopper(columns, key, value), wanted)
 
 
 def test_strided_inputs_equal_contiguous_ones():
@@ -222,31 +331,34 @@ def test_more_elements_than_32_bits_can_count():
 
 
 @numpy_warns
-def test_a_nan_in_a_query_spoils_its_own_row_alone():
-    query, key, value = drawn(SMALL[8], torch.float32)
-    wanted = flash_attention_triton(query, key, value, causal=True)
+@FORMS
+def test_a_nan_in_a_query_spoils_its_own_row_alone(form):
+    query, key, value = form.drawn(SMALL[8])
+    wanted = form.attention(query, key, value, causal=True)
     query[0, 0, 40, 3] = torch.nan
-    got, total = flash_attention_triton_with_log_sum_exp(query, key, value, causal=True)
+    got, total = form.with_log_sum_exp(query, key, value, causal=True)
     assert got[0, 0, 40].isnan().all() and total[0, 0, 40].isnan()
     got[0, 0, 40] = wanted[0, 0, 40] = 0
     assert torch.equal(got, wanted)
 
 
 @numpy_warns
-def test_a_nan_in_a_key_reaches_every_query_that_sees_it():
-    query, key, value = drawn(SMALL[8], torch.float32)
+@FORMS
+def test_a_nan_in_a_key_reaches_every_query_that_sees_it(form):
+    query, key, value = form.drawn(SMALL[8])
     key[0, 1, 30, 5] = torch.nan
-    got = flash_attention_triton(query, key, value, causal=True)
+    got = form.attention(query, key, value, causal=True)
     assert got[0, 1, 30:].isnan().all() and not got[0, 0].isnan().any()
     assert not got[0, 1, :30].isnan().any()
 
 
-def test_a_hidden_key_does_not_matter_however_large_it_is():
+@FORMS
+def test_a_hidden_key_does_not_matter_however_large_it_is(form):
     """Its score must not enter the maximum: all that is visible would vanish beside it."""
-    query, key, value = drawn(SMALL[8], torch.float32)
-    wanted = flash_attention_triton(query, key, value, causal=True)
+    query, key, value = form.drawn(SMALL[8])
+    wanted = form.attention(query, key, value, causal=True)
     key[:, :, 40] *= 1e4  # in one tile with queries that do not see it
-    got = flash_attention_triton(query, key, value, causal=True)
+    got = form.attention(query, key, value, causal=True)
     assert torch.equal(got[:, :, :40], wanted[:, :, :40])
 
 
@@ -280,7 +392,7 @@ BAD = {
     "two dimensions": (inputs_of(*[(8, 16)] * 3), {}, "heads, positions, dim"),
     "mixed dtypes": ([*inputs_of(*PLAIN[:2]), torch.randn(1, 2, 8, 16).half()], {}, "share one"),
     "integers": (inputs_of(*PLAIN, dtype=torch.int32), {}, "floating-point dtype"),
-    "float8": (inputs_of(*PLAIN, dtype=torch.float8_e4m3fn), {}, "16, 32 or 64 bits"),
+    "float8": (inputs_of(*PLAIN, dtype=torch.float8_e4m3fn), {}, "kernels compute in"),
     "dim 24": (inputs_of(*[(1, 2, 8, 24)] * 3), {}, "one dim of"),
     "dim 512": (inputs_of(*[(1, 2, 8, 512)] * 3), {}, "one dim of"),
     "dim 1": (inputs_of(*[(1, 2, 8, 1)] * 3), {}, "one dim of"),
@@ -323,6 +435,19 @@ def test_the_interpreter_refuses_the_dtype_that_it_gets_wrong():
 def test_a_cpu_tensor_is_refused_where_there_is_a_gpu():
     with pytest.raises(ValueError, match="run on a CUDA GPU"):
         flash_attention_triton(*(x.cpu() for x in inputs_of(*PLAIN)))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_the_operators_for_hopper_are_registered_as_torch_asks():
+    query, key, value = HOPPER.drawn((1, 2, 1, 9, 9, 64, True, None))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    leaf = query.clone().requires_grad_()
+    torch.library.opcheck(forward_hopper, (leaf, key, value, True, 0.25), test_utils=tests)
+    output, total = forward_hopper(query, key, value, True, 0.25)
+    saved = (query, key, value, output, total, torch.randn_like(output), None)
+    torch.library.opcheck(backward_hopper, (*saved, True, 0.25), test_utils=tests)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -105,6 +105,16 @@ def attention_forms(device: str) -> Mapping[str, Callable]:
     }
 
 
+def hopper_forms(device: str) -> Mapping[str, Callable]:
+    """Our kernels for Hopper, and those beside which they are to be seen."""
+    if device == "cpu":
+        raise ValueError("the kernels for Hopper need --device cuda")
+    from implementations.attention.flash_hopper import flash_attention_hopper
+
+    forms = attention_forms(device)
+    return {**{name: forms[name] for name in ("cudnn", "flash")}, "hopper": flash_attention_hopper}
+
+
 def attention_inputs(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
     return [torch.randn(case.sizes, dtype=dtype, device=device) for _ in range(3)]
 
@@ -142,6 +152,19 @@ OPERATIONS = {
         work=lambda case, element: attention_operations(case, products=5),
         ours="flash",
         goals={"cudnn": 0.65, "fa2": 1.0},
+        backward=True,
+    ),
+    "hopper_attention_forward": ATTENTION(
+        work=lambda case, element: attention_operations(case, products=2),
+        forms=hopper_forms,
+        ours="hopper",
+        goals={"cudnn": 1.05},
+    ),
+    "hopper_attention_backward": ATTENTION(
+        work=lambda case, element: attention_operations(case, products=5),
+        forms=hopper_forms,
+        ours="hopper",
+        goals={"cudnn": 1.0},
         backward=True,
     ),
 }

@@ -1,0 +1,123 @@
+"""What can be known of the Hopper kernels without a Hopper GPU; test_flash_triton.py runs them.
+
+Gluon has no interpreter, but the kernels before and after its backward are Triton's and have one.
+tests/test_ahead_of_time.py compiles all of them.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from implementations.attention.flash import check_flash_inputs
+from implementations.attention.flash_hopper import flash_attention_hopper
+from implementations.attention.flash_hopper_backward import (
+    finish_kernel,
+    heads_together,
+    prepare_kernel,
+)
+from implementations.attention.flash_triton import empty_like, tile_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PLAIN = [torch.zeros(1, 2, 8, 64, dtype=torch.bfloat16) for _ in range(3)]
+BAD = {
+    "float32": ([x.float() for x in PLAIN], {}, "kernels compute in torch.float16, torch.bfloat16"),
+    "dim 32": ([x[..., :32] for x in PLAIN], {}, "one dim of"),
+    "values of another dim": ([*PLAIN[:2], PLAIN[2][..., :32]], {}, "values of 32"),
+    "a window": (PLAIN, {"causal": True, "window": 4}, "know no window"),
+    "a mask": (PLAIN, {"mask": torch.ones(8, 8, dtype=torch.bool)}, "takes no mask"),
+    "a scale of zero": (PLAIN, {"scale": 0.0}, "positive"),
+    "no batch": ([x[:0] for x in PLAIN], {}, "at least one text"),
+    "more queries, causal": ([PLAIN[0], *(x[:, :, :7] for x in PLAIN[1:])], {"causal": True}, "<="),
+    "a CPU": (PLAIN, {}, "run on a Hopper GPU"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_with_the_rule(name, unchecked):
+    inputs, options, rule = BAD[name]
+    with pytest.raises(ValueError, match=rule):
+        flash_attention_hopper(*inputs, **options)
+
+
+def test_what_is_refused_for_its_device_alone_is_good_for_the_readable_form():
+    check_flash_inputs(*PLAIN)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_prepare_by_the_formulas(given):
+    """Δ = rowsum(dO ∘ O) - dL, L to base 2; rows beyond the last get P = 0; dQ starts at zero."""
+    output, d_output = (torch.randn(1, 2, 70, 64, device=DEVICE).half() for _ in range(2))
+    total, d_total = (torch.randn(1, 2, 70, device=DEVICE) for _ in range(2))
+    total[0, 1, 3] = -torch.inf  # a query that saw nothing
+    sums = torch.empty(1, 2, 2, 2, 64, device=DEVICE)
+    dq_sum = torch.empty(1, 2, 2, 64 * 64, device=DEVICE)
+    prepare_kernel[(4,)](
+        tile_of(output, 64, 64), tile_of(d_output, 64, 64), total, d_total, sums, dq_sum, 2, 70,
+        GIVEN=given, QUERIES=64, DIM=64,
+    )  # fmt: skip
+    base_2, delta = (sums[:, :, :, i].flatten(2) for i in range(2))
+    wanted = (output.double() * d_output.double()).sum(-1) - given * d_total
+    torch.testing.assert_close(delta[..., :70].double(), wanted, rtol=1e-5, atol=1e-5)
+    right = (total * 1.4426950408889634).masked_fill(total.isinf(), torch.inf)
+    torch.testing.assert_close(base_2[..., :70], right)
+    assert base_2[..., 70:].eq(torch.inf).all() and delta[..., 70:].eq(0).all()
+    assert dq_sum.eq(0).all()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_finish_undoes_the_order_of_the_registers(dim):
+    """Row 16 w + 8 r + t // 4, column 8 c + 2 (t % 4) + i of a warpgroup's result, by its manual,
+    is number 2 r + i of block c in thread t of warp w: two such blocks make a thread's four... the
+    sum is written here one number at a time."""
+    half, heads, queries = dim // 2, 2, 70
+    exact = torch.randn(1, heads, 128, dim)
+    flat = torch.empty(1, heads, 2, 2, 64 * half)
+    for row in range(64):
+        warp, inner = divmod(row, 16)
+        upper, line = divmod(inner, 8)
+        for column in range(half):
+            sixteen, rest = divmod(column, 16)
+            eight, pair = divmod(rest, 8)
+            thread = 4 * line + pair // 2
+            four = 2 * eight + pair % 2  # a thread's neighbours: both eights of its row
+            at = (((sixteen * 2 + upper) * 4 + warp) * 32 + thread) * 4 + four
+            for block in range(2):
+                for part in range(2):
+                    numbers = exact[:, :, 64 * block + row, half * part + column]
+                    flat[:, :, block, part, at] = numbers
+    d_query = empty_like(torch.empty(1, heads, queries, dim, device=DEVICE).half())
+    finish_kernel[(heads * 2, 2)](
+        flat.to(DEVICE), d_query, heads, queries, 0.5, QUERIES=64, DIM=dim
+    )
+    torch.testing.assert_close(d_query.cpu(), (exact[:, :, :queries] * 0.5).half())
+
+
+@pytest.mark.parametrize("planes, rows, together", [(16, 16384, 1), (64, 4096, 4), (6, 1024, 6)])
+def test_heads_that_run_together_divide_all(planes, rows, together):
+    assert heads_together(planes, rows, 128) == together
+
+
+def test_for_a_gpu_it_is_one_graph():
+    """Fake tensors on a GPU that nobody needs to have: forward and backward keep their shapes."""
+    script = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from implementations.attention.flash_hopper import flash_attention_hopper
+from implementations.attention.flash_hopper_backward import backward
+
+with FakeTensorMode():
+    inputs = [torch.empty(1, 2, 65, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    attend = lambda *x: 2 * flash_attention_hopper(*x, causal=True)
+    graph = torch._dynamo.export(attend, aten_graph=False)(*inputs).graph_module
+    print(graph.code.count("ml_studies.flash_attention_hopper"))
+    total = torch.empty(1, 2, 65, device="cuda")
+    gradients = backward(*inputs, inputs[0], total, inputs[0], None, True, 0.125)
+    assert [x.shape for x in gradients] == [x.shape for x in inputs]
+"""
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == "1", run.stderr

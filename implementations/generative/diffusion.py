@@ -18,7 +18,8 @@ depends on the noise alone, (d' / d)² from one target to another.
     q(x_s | x_t, x_0) = N(mean, v)       v = sigma_s² (1 - SNR_t / SNR_s)          s before t
     mean = (sigma_s² alpha_t / (sigma_t² alpha_s)) x_t + (alpha_s v / sigma_s²) x_0
 
-Paper   Ho et al. 2020, arXiv:2006.11239, algorithms 1 and 2; v: Salimans & Ho 2022, arXiv:2202.00512
+Paper   Ho et al. 2020, arXiv:2006.11239, algorithms 1 and 2; v: Salimans & Ho 2022,
+        arXiv:2202.00512
 Shapes  x, data, noise [batch, ...]    alpha, sigma: numbers, or tensors that broadcast with x
 Run     uv run python implementations/generative/diffusion.py
 """

@@ -3,9 +3,9 @@
     average <- decay average + (1 - decay) weights           after each step of the optimizer
     decay_n = min(decay, (1 + n) / (10 + n))                 in update n: a short memory at first
 
-Without the warm-up the random weights of the beginning are remembered for 1 / (1 - decay) steps: with
-decay 0.9999 a run of 10,000 steps would end with a third of them. An update before the optimizer's
-step averages the weights of one step ago.
+Without the warm-up the random weights of the beginning are remembered for 1 / (1 - decay) steps:
+with decay 0.9999 a run of 10,000 steps would end with a third of them. An update before the
+optimizer's step averages the weights of one step ago.
 
 Paper   Polyak & Juditsky 1992, doi:10.1137/0330046; the warm-up: TensorFlow's
         ExponentialMovingAverage(num_updates)
@@ -33,12 +33,15 @@ def decay_at(update: int, decay: float) -> float:
 def follow_weights(
     average: Iterable[Tensor], weights: Iterable[Tensor], decay: float | Tensor
 ) -> None:
-    """Move the averages, in place, a little towards the weights."""
-    average, weights = list(average), [weight.detach() for weight in weights]
-    if isinstance(decay, Tensor):  # on a GPU, where a number would be frozen into a CUDA graph
-        torch._foreach_lerp_(average, weights, 1 - decay)
-    else:
-        torch._foreach_lerp_(average, weights, 1.0 - decay)
+    """Move the averages, in place, a little towards the weights, all of them in three launches.
+
+    Args:
+        decay: as a tensor where a CUDA graph would freeze a number.
+    """
+    average = list(average)
+    apart = torch._foreach_sub(list(weights), average)
+    torch._foreach_mul_(apart, 1 - decay)
+    torch._foreach_add_(average, apart)
 
 
 def main() -> None:

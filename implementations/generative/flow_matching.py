@@ -4,9 +4,10 @@
     velocity = noise - x_0              of that line; a network learns its mean given x
     dx/dt = u(x, t)                     from t = 1 to t = 0 it makes data out of noise
 
-It is diffusion on the schedule alpha = 1 - t, sigma = t with the target `flow`: the mean velocity is
-the slope of that schedule's probability flow, and Euler's method on it is DDIM. What is new is how
-often each noise is trained on: t uniform, or the sigmoid of a normal number, which prefers the middle.
+It is diffusion on the schedule alpha = 1 - t, sigma = t with the target `flow`: the mean velocity
+is the slope of that schedule's probability flow, and Euler's method on it is DDIM. What is new is
+how often each noise is trained on: t uniform, or the sigmoid of a normal number, which prefers the
+middle.
 
 Paper   Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003; logit-normal: Esser
         et al. 2024, arXiv:2403.03206
@@ -15,6 +16,7 @@ Run     uv run python implementations/generative/flow_matching.py
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -79,7 +81,7 @@ def integrate(
     if steps < 1:
         raise ValueError(f"a way from t = 1 to t = 0 has a step at least, got {steps}")
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    for now, then in zip(times, times[1:], strict=False):
+    for now, then in pairwise(times):
         x = x + (then - now) * velocity(x, torch.full_like(x.flatten(1)[:, 0], now))
     return x
 
@@ -90,7 +92,7 @@ def main() -> None:
     mixture = ring()
 
     def denoise(x: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
-        alpha, sigma = (torch.as_tensor(number).flatten()[0].item() for number in (alpha, sigma))
+        alpha, sigma = (float(torch.as_tensor(n, dtype=x.dtype).max()) for n in (alpha, sigma))
         return mixture.denoised(x, alpha, sigma)
 
     noise = torch.randn(500, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

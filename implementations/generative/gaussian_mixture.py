@@ -6,8 +6,9 @@
     denoised      E[x_0 | x]    =  sum_k r_k(x) (m_k + alpha C_k S_k⁻¹ (x - alpha m_k))
     transport     F(x_s; s) = F(x_t; t)       on a line: the flow of probability passes nobody by
 
-r_k is the probability that x came from component k, F the distribution function. Score and posterior
-mean are two formulas here, so that Tweedie's identity between them is a test and no definition.
+r_k is the probability that x came from component k, F the distribution function. Score and
+posterior mean are two formulas here, so that Tweedie's identity between them is a test and no
+definition.
 
 Paper   Karras et al. 2022, arXiv:2206.00364, appendix B (the score of a finite set); Song et al.
         2020, arXiv:2011.13456, section 4.3 (the probability flow)

@@ -2,8 +2,8 @@
 
     guided D = D(x) + scale (D(x | label) - D(x))       scale 0: no label;  1: the label;  > 1: more
 
-In scores that is grad log p(x) + scale grad log p(label | x): samples of p(x) p(label | x)^scale, at
-each noise level for itself. One network learns both: its label is left out of a tenth of the
+In scores that is grad log p(x) + scale grad log p(label | x): samples of p(x) p(label | x)^scale,
+at each noise level for itself. One network learns both: its label is left out of a tenth of the
 pictures. Ho & Salimans write (1 + w) D(x | label) - w D(x): their w is scale - 1, and mixing up the
 two is off by one.
 
@@ -53,7 +53,7 @@ def guided(
     def both(x: Tensor, alpha: float, sigma: float) -> Tensor:
         if scale == 1:
             return denoise(x, alpha, sigma, labels)
-        # One call for both halves: a GPU is as quick with twice the pictures as with twice the calls.
+        # Both halves in one call: half the launches.
         answers = denoise(torch.cat((x, x)), alpha, sigma, torch.cat((labels, nothing)))
         return guide(*answers.chunk(2), scale)
 

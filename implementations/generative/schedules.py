@@ -46,7 +46,9 @@ class Level(NamedTuple):
 
     @property
     def log_snr(self) -> float:
-        return 2 * math.log(self.alpha / self.sigma) if self.sigma else math.inf
+        if 0 in (self.alpha, self.sigma):
+            return math.inf if self.alpha else -math.inf
+        return 2 * math.log(self.alpha / self.sigma)
 
 
 class Schedule(NamedTuple):
@@ -66,11 +68,12 @@ class Schedule(NamedTuple):
         """
         if not 0 <= time <= 1:
             raise ValueError(f"a schedule runs from t = 0 to t = 1, got {time}")
-        t, one = torch.tensor(time, dtype=torch.float64), torch.ones((), dtype=torch.float64)
-        alpha, alpha_rate = torch.func.jvp(self.alpha, (t,), (one,))
-        sigma, sigma_rate = torch.func.jvp(self.sigma, (t,), (one,))
-        parts = (alpha, sigma, t, alpha_rate, sigma_rate)
-        return Level(*(part.item() for part in parts))
+        with torch.enable_grad():
+            t = torch.tensor(time, dtype=torch.float64, requires_grad=True)
+            values = [curve(t) for curve in (self.alpha, self.sigma)]
+            # A product with zero, because a constant curve would not depend on t.
+            rates = [torch.autograd.grad(value + 0 * t, t)[0].item() for value in values]
+        return Level(*(value.item() for value in values), time, *rates)
 
     def time_of(self, log_snr: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """When the schedule has this log SNR: by bisection, to the last bits of float64."""
@@ -170,7 +173,7 @@ def alpha_bars(betas: Float[Tensor, " step"]) -> Float[Tensor, " step"]:
 
 
 def levels_of_betas(betas: Float[Tensor, " step"], steps: int | None = None) -> list[Level]:
-    """From the noisiest step to pure data: all steps, or so many of them, evenly, the last included.
+    """From the noisiest step to pure data: all steps, or so many of them, evenly.
 
     Raises:
         ValueError: as `alpha_bars`, or there are not so many steps.

@@ -8,8 +8,8 @@
 Averaged over x they differ by constants, so all have the same minimiser and the same gradients. The
 last needs no derivative of s at all, and is what diffusion trains.
 
-Paper   Hyvärinen 2005, JMLR 6 (implicit); Song et al. 2019, arXiv:1905.07088 (sliced); Vincent 2011,
-        doi:10.1162/NECO_a_00142 (denoising)
+Paper   Hyvärinen 2005, JMLR 6 (implicit); Song et al. 2019, arXiv:1905.07088 (sliced); Vincent
+        2011, doi:10.1162/NECO_a_00142 (denoising)
 Shapes  x [batch, dim]    a loss [batch]: its mean is the objective
 Run     uv run python implementations/generative/score_matching.py
 """

@@ -40,6 +40,14 @@ def to_unit(pixels: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return ((pixels + 1) / 2).clamp(0, 1)
 
 
+def dequantized(
+    pixels: Float[Tensor, "*shape"], levels: int, uniform: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """Signed whole levels with noise in [0, 1) added to each, over [-1, 1] evenly."""
+    whole = ((pixels + 1) / 2 * (levels - 1)).round()
+    return 2 * (whole + uniform) / levels - 1
+
+
 class Denoiser(nn.Module):
     """A network and the meaning of its answer.
 
@@ -119,6 +127,8 @@ def asked(
 ) -> Denoise:
     """The denoiser as samplers want it: in eval mode, guided, its guesses within [-1, 1].
 
+    On a GPU its matrix products are in bfloat16.
+
     Raises:
         ValueError: guidance of a network without labels.
     """
@@ -126,7 +136,8 @@ def asked(
 
     def ask(x: Tensor, alpha: float, sigma: float, labels: Tensor | None = None) -> Tensor:
         numbers = (x.new_full((len(x),), number) for number in (alpha, sigma))
-        return denoiser(x, *numbers, labels)[1].data
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            return denoiser(x, *numbers, labels)[1].data
 
     if labels is not None:
         ask = guided(ask, labels, scale, denoiser.classes)

@@ -6,6 +6,7 @@
     cosine    alpha = cos(pi/2 (t + s)/(1 + s)) / cos(pi/2 s/(1 + s)),  s = 0.008
     edm       alpha = 1,  sigma^(1/7) straight from 0.002^(1/7) to 80^(1/7)
     straight  alpha = 1 - t,  sigma = t                                         flow matching
+    even      log SNR = 12 - 24 t,  alpha² + sigma² = 1                         for likelihoods
 
 In steps, beta is what each adds: alpha_bar_t = (1 - beta_1) ... (1 - beta_t), and level t has
 alpha = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t). A square root too few or too many is the
@@ -140,6 +141,10 @@ SCHEDULES = {
     "cosine": preserving(cosine_alpha),
     "edm": Schedule(torch.ones_like, edm_sigma),
     "straight": Schedule(lambda time: 1 - time, lambda time: time + 0),
+    "even": Schedule(
+        lambda time: torch.sigmoid(12 - 24 * time).sqrt(),
+        lambda time: torch.sigmoid(24 * time - 12).sqrt(),
+    ),
 }
 
 

@@ -57,6 +57,7 @@ from implementations.training.schedule import learning_rate
 VALIDATION = 10  # one training picture of so many is held out
 CLIP = 1.0
 CHECK_EVERY = 50  # updates between looks at whether the loss is finite: each waits for the GPU
+LEAST_APART = 25  # updates between looks: a look costs as much as some of them
 LOOKS_A_CHECKPOINT = 10
 
 
@@ -189,6 +190,12 @@ def untrained(config: DiffusionConfig) -> Denoiser:
     return Denoiser(network, config.kind)
 
 
+def placed(config: DiffusionConfig, device: torch.device) -> Denoiser:
+    """Untrained, on its device; on a GPU with the channels last, as its convolutions want them."""
+    memory = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    return untrained(config).to(device, memory_format=memory)
+
+
 class Trained(NamedTuple):
     """A model, and how it became what it is."""
 
@@ -209,8 +216,7 @@ class Training:
         self.config, self.device = config, torch.device(device)
         self.on_gpu = self.device.type == "cuda"
         self.data = pictures(config.data, config.size)
-        memory = torch.channels_last if self.on_gpu else torch.preserve_format
-        self.model = untrained(config).to(self.device, memory_format=memory).train()
+        self.model = placed(config, self.device).train()
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -363,7 +369,7 @@ def train_or_load(config: DiffusionConfig, device: str = "cpu") -> Trained:
         history, seconds, best = [], 0.0, {}
         if found and found[1].scalars["finished"]:
             step, (groups, scalars) = found
-            model, raw = (untrained(config).to(device) for _ in range(2))
+            model, raw = (placed(config, torch.device(device)) for _ in range(2))
             for network, part in ((model, groups["best"]), (raw, groups["weights"])):
                 network.load_state_dict(part)
             return Trained(model.eval(), raw.eval(), scalars["history"], scalars["seconds"])
@@ -429,7 +435,7 @@ def loop(
 ) -> None:
     """Updates and looks until the end, a stop, or no progress; checkpoints on the way."""
     config, began = training.config, time.perf_counter() - seconds
-    every, done, since = max(1, config.steps // config.looks), False, step
+    every, done, since = max(LEAST_APART, config.steps // config.looks), False, step
 
     def write() -> None:
         groups = {"best": best, "weights": training.model.state_dict()}

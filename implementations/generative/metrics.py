@@ -102,7 +102,9 @@ def nearest(points: Points, among: Others, at_once: int = 500) -> Float[Tensor, 
     return torch.cat(parts)
 
 
-def copied(made: Points, train: Others, held_out: Points, share: float = 0.05) -> float:
+def copied(
+    made: Points, train: Others, held_out: Float[Tensor, "real dim"], share: float = 0.05
+) -> float:
     """Share of made points that are nearer to a training point than all but `share` of real ones.
 
     An honest generator has about `share` of them; one that recites has nearly all.

@@ -7,7 +7,7 @@
     up        : parts of [x, what was kept at this height], then pixels doubled and convolved
 
 Attention is passed in. The layout is that of the library diffusers' UNet2DModel, and with its
-weights the outputs are the same (`diffusers_names`).
+weights the outputs are the same (`to_diffusers`).
 
 Paper   Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020, arXiv:2006.11239, appendix B
 Shapes  x [batch, channel, row, column]    position [batch]    labels [batch]
@@ -15,7 +15,7 @@ Run     uv run python implementations/models/unet.py
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +118,9 @@ class Part(nn.Module):
         self.shortcut = nn.Conv2d(before, after, 1) if before != after else None
         self.attend = Attend(after, config, attention) if attend else None
 
-    def forward(self, x: Picture, embedding: Float[Tensor, "batch size"]) -> Picture:
+    def forward(
+        self, x: Picture, embedding: Float[Tensor, "batch size"]
+    ) -> Float[Tensor, "batch wanted row column"]:
         hidden = self.conv1(silu(self.norm1(x)))
         hidden = hidden + self.embedding(silu(embedding))[:, :, None, None]
         hidden = self.conv2(self.dropout(silu(self.norm2(hidden))))
@@ -149,7 +151,7 @@ class Double(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x: Picture) -> Picture:
+    def forward(self, x: Picture) -> Float[Tensor, "batch channel rows columns"]:
         return self.conv(interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -271,6 +273,15 @@ def diffusers_names(config: UNetConfig) -> dict[str, str]:
     for index in range(2):
         part(f"middle.{index}", "mid_block", index)
     return names
+
+
+def to_diffusers(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
+    """Our state dict under diffusers' names; of a network without labels."""
+    table, renamed = diffusers_names(config), {}
+    for name, tensor in state.items():
+        prefix, _, kind = name.rpartition(".")
+        renamed[f"{table[prefix]}.{kind}"] = tensor
+    return renamed
 
 
 def main() -> None:

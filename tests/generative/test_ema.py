@@ -1,4 +1,4 @@
-"""The average of weights against torch's, its warm-up by hand, and its place after the optimizer."""
+"""The average of weights against torch's, and its warm-up by hand."""
 
 import copy
 

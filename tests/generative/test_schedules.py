@@ -1,4 +1,4 @@
-"""Schedules are the papers' tables; alpha-bar is diffusers', and every conversion goes both ways."""
+"""Schedules are the papers' tables, alpha-bar is diffusers', conversions go both ways."""
 
 import math
 

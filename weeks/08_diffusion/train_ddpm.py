@@ -61,7 +61,7 @@ class Config:
     count: int = 500
     """pictures that are made and judged"""
     sampling: int = 50
-    """steps of DPM-Solver++ 2M, and four times as many of DDPM"""
+    """steps of DPM-Solver++ 2M"""
     judge_steps: int = 1000
     """of the training of the classifier that judges"""
 

@@ -7,8 +7,8 @@ two halves of real digits.
 
 Expected: every metric ranks real over slightly damaged over badly damaged. The Frechet distance of
 few pictures is too large, the kernel distance is not. Neither sees a copy: to both, training digits
-recited from memory are perfect. The count of copies does. Recall sees a missing class, and precision
-does not; blur costs both.
+recited from memory are perfect. The count of copies does. Recall sees a missing class, and
+precision does not; blur costs both.
 
 Paper   Bińkowski et al. 2018, arXiv:1801.01401; Kynkäänniemi et al. 2019, arXiv:1904.06991
 Run     uv run python weeks/08_diffusion/can_a_metric_be_trusted.py

@@ -167,4 +167,4 @@ def main(config: Config) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    run(main, Config(), quick=Config(points=2000, steps=200, finest=320, frames=0))
+    run(main, Config(), quick=Config(points=1000, steps=120, finest=160, frames=0))

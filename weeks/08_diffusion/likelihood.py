@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from implementations.flows.bijection import Flow
 from implementations.flows.dequantization import Dequantized, bits_per_dimension
 from implementations.generative.denoiser import QUIETEST
 from implementations.generative.flow_likelihood import flow_log_likelihood
@@ -56,10 +57,11 @@ class Config:
     """test digits of each set"""
 
 
-class FlowOfDenoiser:
+class FlowOfDenoiser(Flow):
     """The flow of a denoiser as `Dequantized` wants one: a density of pixels between 0 and 1."""
 
     def __init__(self, trained: Trained, shape: tuple[int, ...], solver: int, probes: int):
+        nn.Module.__init__(self)  # there is no bijection and no base, only what they lead to
         self.model, self.shape, self.solver, self.probes = trained.model, shape, solver, probes
         self.start = [n.item() for n in variance_preserving(torch.tensor(QUIETEST).double())]
 

@@ -129,6 +129,7 @@ def main(config: Config) -> list[Finding]:
     sizes = [sum(p.numel() for p in m.parameters()) for m in (decoder, diffusion.model)]
     test = tokens_of(data.test.pixels, data.test.labels, SHADES).to(config.device)
     known = tokens_of(data.train.pixels[::4], data.train.labels[::4], SHADES).to(config.device)
+    test, known = test[: 4 * config.count], known[: 4 * config.count]
     findings = [
         Finding("parameters of the diffusion model", sizes[1]),
         Finding("parameters of the decoder, over those", sizes[0] / sizes[1], "x",
@@ -163,5 +164,5 @@ def main(config: Config) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    few = Config(size=8, training=6, updates=4, batch=8, count=60, judge_steps=30)
+    few = Config(size=8, training=4, updates=2, batch=8, count=16, judge_steps=20)
     run(main, Config(), quick=few)

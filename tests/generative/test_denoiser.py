@@ -1,0 +1,120 @@
+"""The denoiser around an exact network: every kind gives the mixture's guess on every schedule."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from implementations.generative.denoiser import (
+    Denoiser,
+    asked,
+    dequantized,
+    generate,
+    levels_for,
+    log_snr_at,
+    to_signed,
+    to_unit,
+    training_loss,
+)
+from implementations.generative.diffusion import Parts, loss_ratio, target
+from implementations.generative.samplers import SAMPLERS
+from implementations.generative.schedules import SCHEDULES
+
+KINDS = ("data", "noise", "v", "flow")
+MEAN, DEVIATION = 0.3, 0.5
+
+
+class Exact(nn.Module):
+    """The best network for pixels that are N(0.3, 0.25), each by itself."""
+
+    config = SimpleNamespace(classes=0)
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.dropout = kind, nn.Dropout(0.5)
+
+    def forward(self, x, position, labels=None):
+        angle = position.reshape(-1, 1, 1, 1) * math.pi / 2
+        alpha, sigma = angle.cos(), angle.sin()
+        variance = alpha**2 * DEVIATION**2 + sigma**2
+        data = MEAN + alpha * DEVIATION**2 / variance * (x - alpha * MEAN)
+        parts = Parts(data, (x - alpha * data) / sigma)
+        return self.dropout(target(self.kind, parts, alpha, sigma))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("alpha, sigma", [(0.6, 0.8), (1.0, 3.0), (0.3, 0.7)])
+def test_the_guess_does_not_depend_on_kind_or_schedule(kind, alpha, sigma):
+    x = torch.randn(4, 1, 3, 3, dtype=torch.float64)
+    numbers = [torch.full((4,), n, dtype=torch.float64) for n in (alpha, sigma)]
+    _, parts = Denoiser(Exact(kind), kind).eval()(x, *numbers)
+    variance = alpha**2 * DEVIATION**2 + sigma**2
+    wanted = MEAN + alpha * DEVIATION**2 / variance * (x - alpha * MEAN)
+    torch.testing.assert_close(parts.data, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_of_the_best_network_is_the_posteriors_variance(kind):
+    """In the data's currency: deviation² sigma² / (alpha² deviation² + sigma²), 5 errors wide."""
+    denoiser, generator = Denoiser(Exact(kind), kind).eval(), torch.Generator().manual_seed(0)
+    noise = torch.randn(500, 1, 4, 4, generator=generator, dtype=torch.float64)
+    data = torch.randn(noise.shape, generator=generator, dtype=torch.float64)
+    data = MEAN + DEVIATION * data
+    log_snr = torch.full((500,), 1.2, dtype=torch.float64)
+    alpha, sigma = log_snr[0].sigmoid().sqrt(), (-log_snr[0]).sigmoid().sqrt()
+    wanted = DEVIATION**2 * sigma**2 / (alpha**2 * DEVIATION**2 + sigma**2)
+    losses = training_loss(denoiser, data, noise, log_snr, measured="data")
+    assert (losses.mean() - wanted).abs() < 5 * losses.std() / 500**0.5
+    own = training_loss(denoiser, data, noise, log_snr)
+    ratio = loss_ratio(kind, "data", alpha, sigma)
+    torch.testing.assert_close(losses, own * ratio, rtol=1e-9, atol=0)
+
+
+def test_sampling_switches_dropout_off():
+    """A network in training mode, asked twice: the same pictures, and those of eval mode."""
+    denoiser, noise = Denoiser(Exact("v"), "v").train(), torch.randn(3, 1, 2, 2)
+    way = (noise, SCHEDULES["cosine"], 6, SAMPLERS["ddim"])
+    first, again = generate(denoiser, *way), generate(denoiser.train(), *way)
+    assert torch.equal(first, again)
+
+
+def test_made_pixels_have_the_datas_mean_and_deviation():
+    """2,000 pixels of a narrow normal; the guess is cut to [-1, 1], which hardly touches it."""
+    noise = torch.randn(500, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    for name in ("ddpm", "dpm++"):
+        made = generate(Denoiser(Exact("v"), "v"), noise, SCHEDULES["cosine"], 60, SAMPLERS[name])
+        # Of the cut normal: mean 0.29 and deviation 0.47, and steps that are not infinitely many.
+        assert made.mean().item() == pytest.approx(0.29, abs=0.05)
+        assert made.std().item() == pytest.approx(0.47, abs=0.05)
+
+
+def test_pixels_are_scaled_and_back():
+    levels = torch.tensor([0, 128, 255], dtype=torch.uint8)
+    signed = to_signed(levels, 256)
+    assert signed.tolist() == pytest.approx([-1.0, 1 / 255, 1.0], abs=1e-6)
+    assert (to_unit(signed) * 255).tolist() == pytest.approx([0, 128, 255], abs=1e-3)
+    assert to_unit(torch.tensor([-3.0, 3.0])).tolist() == [0, 1]
+
+
+def test_dequantized_levels_fill_the_range_evenly():
+    signed = to_signed(torch.tensor([0, 3], dtype=torch.uint8), 4)
+    low, high = (dequantized(signed, 4, torch.full((2,), u)) for u in (0.0, 1.0))
+    assert low.tolist() == pytest.approx([-1.0, 0.5])
+    assert high.tolist() == pytest.approx([-0.5, 1.0])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ways_stay_where_the_network_was_trained(name):
+    levels = levels_for(SCHEDULES[name], 7)
+    assert len(levels) == 8 and levels[-1].sigma == 0
+    assert all(-12.01 < level.log_snr < 12.01 for level in levels[:-1])
+    assert log_snr_at(SCHEDULES[name], torch.tensor([0.0, 1.0])).abs().max() <= 12
+
+
+def test_guidance_without_labels():
+    with pytest.raises(ValueError, match=r"guidance by 2\.0 needs labels to follow"):
+        asked(Denoiser(Exact("v"), "v"), None, 2.0)
+    with pytest.raises(ValueError, match="this one has none"):
+        asked(Denoiser(Exact("v"), "v"), torch.zeros(1, dtype=torch.long), 2.0)

@@ -440,9 +440,8 @@ def flash_attention_hopper_with_log_sum_exp(
 
 
 def variants() -> Iterator[Variant]:
-    for dim in DIMS:
-        for causal in (False, True):
-            yield variant(dim, causal, gl.bfloat16)
+    for dim, causal in ((64, True), (128, False), (128, True)):
+        yield variant(dim, causal, gl.bfloat16)
     yield variant(128, True, gl.float16)
 
 

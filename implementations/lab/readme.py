@@ -63,7 +63,7 @@ def weeks_table(root: Path) -> str:
     lines = ["| week | question | scripts | a finding |", "|---|---|---|---|"]
     for page in sorted(root.glob("weeks/*/README.md")):
         text, folder = page.read_text(encoding="utf-8"), page.parent.name
-        title, question = re.match(r"# (.+)\n\n\*(.+?)\*\n", text, re.DOTALL).groups()
+        title, question = re.match(r"# (.+?)\n\n\*(.+?)\*\n", text, re.DOTALL).groups()
         names = sorted(path.stem for path in page.parent.glob("*.py"))
         scripts = ", ".join(f"[{name}](weeks/{folder}/{name}.py)" for name in names)
         week = f"[{title}](weeks/{folder}/README.md)"

@@ -39,8 +39,8 @@ from implementations.layers.row_tiles import (
 )
 
 BACKWARD_WIDEST = 8192  # x, its gradient and two sums are held at once
-# At width 16,384 on an H200 0.81 of a copy's speed; with 16 warps one program fills a
-# multiprocessor's registers, nothing else reads while it computes, and 0.54 remains.
+# At width 16,384 on an H200 0.54 of a copy's speed, with 16 warps 0.53: one program fills most of a
+# multiprocessor's registers, and little else reads while it computes.
 FORWARD_WARPS = 8
 # At width 1024 0.86 with 2 rows and 2 warps, 0.67 with 4 and 4.
 FORWARD_SMALLEST = 2048
@@ -337,7 +337,7 @@ def variants() -> Iterator[Variant]:
     names = ("means", "inverse", "scale_gradient", "shift_gradient")
     integers = ("rows", "width", "gradient_stride", "stream_stride", "x_stride")
     types |= dict.fromkeys(names, "*fp32") | dict.fromkeys(integers, "i32")
-    yield Variant("backward", backward_kernel, types, shape, tiles.warps)
+    yield Variant("backward", backward_kernel, types, shape, tiles.warps, capabilities=(90,))
 
 
 def main() -> None:

@@ -307,7 +307,7 @@ def variants() -> Iterator[Variant]:
     pointers = dict.fromkeys(names, "*bf16") | {"inverse": "*fp32", "x_gradient": "*bf16"}
     names = ("rows", "width", "gradient_stride", "stream_stride", "x_stride")
     types = pointers | {"scale_gradient": "*fp32"} | dict.fromkeys(names, "i32")
-    yield Variant("backward", backward_kernel, types, shape, tiles.warps)
+    yield Variant("backward", backward_kernel, types, shape, tiles.warps, capabilities=(90,))
 
 
 def main() -> None:

@@ -203,7 +203,7 @@ def variants() -> Iterator[Variant]:
     yield Variant("forward", forward_kernel, types, shape, tiles.warps)
     types = dict.fromkeys(("gradient", "x", "x_gradient"), "*bf16") | statistics
     types |= dict.fromkeys(("rows", "width", "gradient_stride", "x_stride"), "i32")
-    yield Variant("backward", backward_kernel, types, shape, tiles.warps)
+    yield Variant("backward", backward_kernel, types, shape, tiles.warps, capabilities=(90,))
 
 
 def main() -> None:

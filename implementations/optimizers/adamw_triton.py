@@ -191,7 +191,7 @@ def variants() -> Iterator[Variant]:
     types |= {"sizes": "*i64", "tensors": "i32"}
     constants = dict.fromkeys(("PARAMETER", "GRADIENT", "WIDE"), tl.float32)
     constants |= {"ALIGNED": True, "BLOCK": BLOCK}
-    yield Variant("float32", adamw_kernel, types, constants, WARPS)
+    yield Variant("float32", adamw_kernel, types, constants, WARPS, capabilities=(90,))
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from jaxtyping import Float, Float16, Int32, UInt8
 from torch import Tensor
 
 from implementations.lab.ahead_of_time import Variant
-from implementations.layers.row_tiles import ceil_divide
+from implementations.layers.row_tiles import ceil_divide, launch
 from implementations.precision.block_quantization import Quantized, unpack_nibbles
 
 EIGHT = 8  # weights in 32 bits
@@ -118,7 +118,9 @@ def matrix_vector_op(words: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> T
     rows, groups, parts = words.shape
     y = torch.empty(rows, dtype=x.dtype, device=x.device)
     if rows:
-        matrix_vector_kernel[(ceil_divide(rows, ROWS),)](
+        launch(
+            matrix_vector_kernel,
+            (ceil_divide(rows, ROWS),),
             words,
             scale,
             zero,
@@ -159,7 +161,9 @@ def variants() -> Iterator[Variant]:
     types = {"words": "*i32", "scale": "*fp16", "zero": "*u8", "x": "*bf16", "y": "*bf16"}
     types |= {"rows": "i32", "groups": "i32"}
     constants = {"ROWS": ROWS, "GROUPS": GROUPS, "PARTS": 16, "STAGES": STAGES}
-    yield Variant("groups of 128", matrix_vector_kernel, types, constants, WARPS)
+    yield Variant(
+        "groups of 128", matrix_vector_kernel, types, constants, WARPS, capabilities=(90,)
+    )
 
 
 def main() -> None:

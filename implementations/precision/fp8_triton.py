@@ -22,7 +22,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from implementations.lab.ahead_of_time import Variant
-from implementations.layers.row_tiles import ceil_divide
+from implementations.layers.row_tiles import ceil_divide, launch
 from implementations.precision.fp8 import (
     E4M3,
     E5M2,
@@ -134,7 +134,9 @@ def quantize_op(
     grid = (ceil_divide(columns, tile_columns), ceil_divide(rows, tile_rows))
     if 0 in grid:  # nothing to scale, and nothing that would write the inverse
         return (*outputs[:2], *(inverse.fill_(1.0) for inverse in outputs[2:]), amax.float())
-    quantize_kernel[grid](
+    launch(
+        quantize_kernel,
+        grid,
         x,
         scale,
         *outputs,

@@ -111,16 +111,17 @@ def step(
 
 
 def main() -> None:
-    from implementations.optimizers import adamw
+    from implementations.optimizers.adamw import init as adamw_init
+    from implementations.optimizers.adamw import step as adamw_step
 
     torch.manual_seed(0)
     print("a thousand AdamW steps of 1e-4 towards 1.1, from a bf16 weight of 1:")
     for name, keeper in KEEPERS.items():
         weight = [torch.ones(100).bfloat16()]
-        state = init(weight, keeper, adamw.init)
+        state = init(weight, keeper, adamw_init)
 
         def update(parameters, gradients, state):
-            return adamw.step(parameters, gradients, state, learning_rate=1e-4, weight_decay=0.0)
+            return adamw_step(parameters, gradients, state, learning_rate=1e-4, weight_decay=0.0)
 
         for _ in range(1000):
             weight, state = step(weight, [weight[0] - 1.1], state, keeper, update)

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from implementations.lab.findings import Finding, at_most, over_seeds
 from implementations.lab.script import run
 from implementations.models.decoder import Decoder, DecoderConfig
-from implementations.optimizers import adamw
+from implementations.optimizers.adamw import init as adamw_init
+from implementations.optimizers.adamw import step as adamw_step
 from implementations.precision.autocast import CPU, Autocast
 from implementations.precision.fp8 import make_recipe, with_fp8
 from implementations.precision.loss_scaling import DYNAMIC, init, scaled, step
@@ -58,10 +59,10 @@ def train(name: str, seed: int, config: Config, bar: tqdm) -> list[float]:
     if name in ("bf16", "fp16"):
         context = Autocast(CPU, torch.bfloat16 if name == "bf16" else torch.float16)
     parameters = list(decoder.parameters())
-    state = init(adamw.init(parameters), 2.0**16 if name == "fp16" else 1.0)
+    state = init(adamw_init(parameters), 2.0**16 if name == "fp16" else 1.0)
     # Without fp16 the scale stays at one, and a step that is not finite is still skipped.
     rule = DYNAMIC if name == "fp16" else DYNAMIC._replace(growth=1.0, backoff=1.0)
-    update = partial(adamw.step, learning_rate=config.learning_rate)
+    update = partial(adamw_step, learning_rate=config.learning_rate)
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(config.steps):

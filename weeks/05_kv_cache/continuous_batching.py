@@ -112,7 +112,7 @@ def main(config: Config) -> list[Finding]:
         ),
         Finding(
             "throughput, continuous over static",
-            static.seconds / continuous.seconds,
+            float(static.seconds / continuous.seconds),
             "x",
             goal=at_least(1.5),
         ),

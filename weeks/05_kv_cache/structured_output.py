@@ -64,6 +64,7 @@ def valid(text: str) -> bool:
     return types and 1 <= len(value["name"]) <= 16
 
 
+@torch.no_grad()
 def main(config: Config) -> list[Finding]:
     decoder, tokenizer = Decoder.from_smollm2(attention_sdpa), smollm2_tokenizer()
     end, prompt = smollm2_vocabulary().end, tokenizer.encode(QUESTION).ids
@@ -119,5 +120,4 @@ def draw(shares: dict[str, float], examples: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     run(main, Config(), quick=Config(answers=1, tokens=24))

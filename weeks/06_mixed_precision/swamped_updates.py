@@ -19,7 +19,8 @@ import torch
 
 from implementations.lab.findings import Finding, at_least, over_seeds
 from implementations.lab.script import run
-from implementations.optimizers import adamw
+from implementations.optimizers.adamw import init as adamw_init
+from implementations.optimizers.adamw import step as adamw_step
 from implementations.precision.narrow_weights import KEEPERS, init, step
 
 
@@ -41,11 +42,11 @@ def losses(name: str, seed: int, config: Config) -> list[float]:
     solution = random(config.inputs).clamp(-1, 1)
     weight = [(solution + 0.25 * random(config.inputs)).bfloat16()]
     rate = {"learning_rate": config.learning_rate, "weight_decay": 0.0}
-    update = partial(adamw.step, **rate)
+    update = partial(adamw_step, **rate)
     if name == "float32":
-        weight, state = [weight[0].float()], adamw.init([weight[0].float()])
+        weight, state = [weight[0].float()], adamw_init([weight[0].float()])
     else:
-        state = init(weight, KEEPERS[name], adamw.init)
+        state = init(weight, KEEPERS[name], adamw_init)
     trace = []
     for _ in range(config.steps):
         x = random(32, config.inputs)

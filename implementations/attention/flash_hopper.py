@@ -51,6 +51,7 @@ from implementations.attention.flash_triton import (
     empty_results,
     fetchable,
     in_four_dimensions,
+    remember,
 )
 from implementations.lab.ahead_of_time import Variant
 
@@ -377,12 +378,6 @@ def forward(
 @forward.register_fake
 def _(query, key, value, causal, scale):
     return empty_results(query, key, value, causal, None, scale)
-
-
-def remember(ctx, inputs, output) -> None:
-    query, key, value, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, *output)
-    ctx.set_materialize_grads(False)
 
 
 def differentiate(ctx, d_output, d_log_sum_exp):

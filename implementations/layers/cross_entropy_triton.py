@@ -36,7 +36,17 @@ from implementations.layers.row_tiles import (
     wide_dtype,
 )
 
-BLOCK, WARPS = 8192, 8
+BLOCK, WARPS, EACH = 16384, 32, 8
+
+
+@triton.jit
+def join(value, maximum, total):
+    """Every thread's maximum and sum of powers relative to it, with another block of numbers."""
+    value = value.to(maximum.dtype)
+    largest = tl.maximum(maximum, tl.max(value, axis=1, keep_dims=True))
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    powers = tl.sum(tl.exp(value - base), axis=1, keep_dims=True)
+    return largest, total * tl.exp(maximum - base) + powers
 
 
 @triton.jit
@@ -54,41 +64,53 @@ def cross_entropy_kernel(
     Z_LOSS: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     wide = losses.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     gradient += row * gradient_stride
+    # A block is written as a matrix whose rows are EACH neighbours in one thread.
+    lane = tl.arange(0, BLOCK // EACH)[:, None] * EACH + tl.arange(0, EACH)[None, :]
     target = tl.load(targets + row)
     if target == ignore_index:
         tl.store(losses + row, 0.0)
         if GRADIENT:
             for start in range(0, vocabulary, BLOCK):
-                column = start + tl.arange(0, BLOCK)
-                tl.store(gradient + column, tl.zeros([BLOCK], wide), column < vocabulary)
+                column = start + lane
+                tl.store(gradient + column, tl.zeros_like(column).to(wide), column < vocabulary)
         return
     # Outside the vocabulary is no address to read: that row's loss is NaN.
     known = (target >= 0) & (target < vocabulary)
     chosen = tl.load(logits + target, known, float("nan")).to(wide)
-    maximum = tl.full([], float("-inf"), wide)
-    total = tl.zeros([], wide)
-    for start in range(0, vocabulary, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        value = tl.load(logits + column, column < vocabulary, float("-inf")).to(wide)
-        largest = tl.maximum(maximum, tl.max(value, axis=0))
-        base = tl.where(largest == float("-inf"), 0.0, largest)
-        total = total * tl.exp(maximum - base) + tl.sum(tl.exp(value - base), axis=0)
-        maximum = largest
-    normalizer = maximum + tl.log(total)
+    maximum = tl.full([BLOCK // EACH, 1], float("-inf"), wide)
+    total = tl.zeros([BLOCK // EACH, 1], wide)
+    value = tl.load(logits + lane, lane < vocabulary, float("-inf"), eviction_policy="evict_last")
+    for start in range(BLOCK, vocabulary, BLOCK):
+        column = start + lane
+        ahead = tl.load(
+            logits + column, column < vocabulary, float("-inf"), eviction_policy="evict_last"
+        )
+        maximum, total = join(value, maximum, total)
+        value = ahead
+    maximum, total = join(value, maximum, total)
+    largest = tl.max(maximum)
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    normalizer = largest + tl.log(tl.sum(total * tl.exp(maximum - base)))
     tl.store(losses + row, normalizer - chosen + Z_LOSS * normalizer * normalizer)
     if GRADIENT:
         factor = tl.load(upstream + row * upstream_stride).to(wide)
         weight = 1 + 2 * Z_LOSS * normalizer
-        for start in range(0, vocabulary, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            value = tl.load(logits + column, column < vocabulary, float("-inf")).to(wide)
-            slope = tl.exp(value - normalizer) * weight - tl.where(column == target, 1.0, 0.0)
-            tl.store(gradient + column, factor * slope, column < vocabulary)
+        for piece in range(tl.cdiv(vocabulary, BLOCK) - 1, -1, -1):
+            column = piece * BLOCK + lane
+            before = column - BLOCK
+            ahead = tl.load(
+                logits + before, before >= 0, float("-inf"), eviction_policy="evict_first"
+            )
+            slope = tl.exp(value.to(wide) - normalizer) * weight
+            slope -= tl.where(column == target, 1.0, 0.0)
+            tl.store(gradient + column, factor * slope, column < vocabulary, cache_modifier=".cs")
+            value = ahead
 
 
 def launch_rows(
@@ -120,7 +142,8 @@ def launch_rows(
         Z_LOSS=z_loss,
         GRADIENT=gradient is not None,
         BLOCK=block,
-        num_warps=min(WARPS, ceil_divide(block, 1024)),
+        EACH=min(EACH, block),
+        num_warps=min(WARPS, ceil_divide(block, 512)),
     )
 
 
@@ -247,7 +270,7 @@ def variants() -> Iterator[Variant]:
     pointers = {"logits": "*bf16", "targets": "*i64", "upstream": "*fp32", "losses": "*fp32"}
     strides = ("vocabulary", "logits_stride", "gradient_stride")
     types = pointers | {"gradient": "*bf16"} | dict.fromkeys(strides, "i32")
-    constants = {"upstream_stride": 1, "Z_LOSS": 1e-4, "GRADIENT": True, "BLOCK": BLOCK}
+    constants = {"upstream_stride": 1, "Z_LOSS": 1e-4, "GRADIENT": True, "BLOCK": BLOCK, "EACH": EACH}
     types |= {"ignore_index": "i32"}
     yield Variant("loss and gradient", cross_entropy_kernel, types, constants, WARPS)
 

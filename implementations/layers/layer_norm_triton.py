@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implementations.lab.ahead_of_time import Variant
-from implementations.layers.rms_norm_triton import load_stream
+from implementations.layers.rms_norm_triton import inverse_root, load_stream
 from implementations.layers.row_tiles import (
     as_rows,
     ceil_divide,
@@ -87,8 +87,7 @@ def forward_kernel(
         squares += tl.sum(centred * centred, axis=1, keep_dims=True)
         squares += apart * apart * before * count / after
         mean += apart * count / after
-    # In float64: one number a row, where float32 has only an approximate root and quotient.
-    root = (1 / tl.sqrt((squares / width).to(tl.float64) + EPSILON)).to(wide)
+    root = inverse_root(squares / width + EPSILON)
     tl.store(means + row, mean, row < rows)
     tl.store(inverse + row, root, row < rows)
     for piece in range(PIECES):
@@ -123,6 +122,7 @@ def backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PIECES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     wide = inverse.dtype.element_ty
     program = tl.program_id(0)
@@ -130,7 +130,8 @@ def backward_kernel(
     upstream = tl.zeros([ROWS, BLOCK], wide)
     for_scale = tl.zeros([ROWS, BLOCK], wide)
     for_shift = tl.zeros([ROWS, BLOCK], wide)
-    for tile in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    tiles, programs = tl.cdiv(rows, ROWS), tl.num_programs(0)
+    for tile in tl.range(program, tiles, programs, num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         mean = tl.load(means + row, row < rows, 0.0)
         root = tl.load(inverse + row, row < rows, 0.0)
@@ -256,6 +257,7 @@ def layer_norm_backward_op(
         ROWS=tiles.rows,
         BLOCK=tiles.block,
         PIECES=tiles.pieces,
+        STAGES=3 if tiles.pieces == 1 else 1,
         num_warps=tiles.warps,
     )
     total = sums.sum(1).to(scale.dtype)
@@ -337,6 +339,7 @@ def variants() -> Iterator[Variant]:
     names = ("means", "inverse", "scale_gradient", "shift_gradient")
     integers = ("rows", "width", "gradient_stride", "stream_stride", "x_stride")
     types |= dict.fromkeys(names, "*fp32") | dict.fromkeys(integers, "i32")
+    shape |= {"STAGES": 3}
     yield Variant("backward", backward_kernel, types, shape, tiles.warps, capabilities=(90,))
 
 

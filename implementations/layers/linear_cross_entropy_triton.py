@@ -25,6 +25,7 @@ from torch import Tensor
 from implementations.lab.ahead_of_time import Variant
 from implementations.layers.cross_entropy_triton import (
     BLOCK,
+    EACH,
     WARPS,
     check_targets,
     cross_entropy_in_place_op,
@@ -36,8 +37,7 @@ from implementations.layers.row_tiles import ceil_divide, check_device, check_ro
 CHUNKS = 8  # a chunk holds an eighth of the logits
 
 
-@torch.library.custom_op("ml_studies::linear_cross_entropy", mutates_args=())
-def linear_cross_entropy_op(
+def loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -50,13 +50,15 @@ def linear_cross_entropy_op(
     share = 1 / valid.to(wide_dtype(hidden))
     losses = torch.zeros_like(share)
     size = max(1, ceil_divide(len(hidden), CHUNKS))
-    hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    weight_gradient = torch.zeros(weight.shape, dtype=wide_dtype(weight), device=weight.device)
-    if not gradients:
-        hidden_gradient, weight_gradient = hidden.new_empty(0), weight_gradient.new_empty(0)
+    chunk = hidden.new_empty(size, len(weight))  # of logits, where each next one is written
+    hidden_gradient, weight_gradient = hidden.new_empty(0), weight.new_empty(0)
+    if gradients:
+        hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        weight_gradient = torch.zeros(weight.shape, dtype=wide_dtype(weight), device=weight.device)
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
-        logits = hidden[rows] @ weight.mT
+        logits = chunk[: len(hidden[rows])]
+        torch.mm(hidden[rows], weight.mT, out=logits)
         if not gradients:
             losses += cross_entropy_op(logits, targets[rows], ignore_index, z_loss).sum()
             continue
@@ -64,7 +66,13 @@ def linear_cross_entropy_op(
         losses += cross_entropy_in_place_op(logits, *options).sum()
         torch.mm(logits, weight, out=hidden_gradient[rows])
         add_product(weight_gradient, logits.mT, hidden[rows])
+    chunk = logits = None  # makes room for the rounded sum
     return losses / valid, hidden_gradient, weight_gradient.to(weight.dtype)
+
+
+linear_cross_entropy_op = torch.library.custom_op(
+    "ml_studies::linear_cross_entropy", loss_and_gradients, mutates_args=()
+)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -140,7 +148,7 @@ def variants() -> Iterator[Variant]:
     pointers = {"logits": "*bf16", "targets": "*i64", "upstream": "*fp32", "losses": "*fp32"}
     integers = ("vocabulary", "logits_stride", "gradient_stride", "upstream_stride", "ignore_index")
     types = pointers | {"gradient": "*bf16"} | dict.fromkeys(integers, "i32")
-    constants = {"Z_LOSS": 0.0, "GRADIENT": True, "BLOCK": BLOCK}
+    constants = {"Z_LOSS": 0.0, "GRADIENT": True, "BLOCK": BLOCK, "EACH": EACH}
     yield Variant("a chunk", cross_entropy_kernel, types, constants, WARPS, capabilities=(90,))
 
 

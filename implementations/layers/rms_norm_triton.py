@@ -63,6 +63,16 @@ def load_stream(
 
 
 @triton.jit
+def inverse_root(square):
+    """1 / sqrt(square): in float32 a GPU's root and quotient are approximate unless asked."""
+    if square.dtype == tl.float64:
+        root = 1 / tl.sqrt(square)
+    else:
+        root = tl.div_rn(1.0, tl.sqrt_rn(square))
+    return root
+
+
+@triton.jit
 def forward_kernel(
     x,
     residual,
@@ -93,8 +103,7 @@ def forward_kernel(
         if ADD:
             tl.store(stream + row * width + column, value, inside)
         squares += tl.sum(value * value, axis=1, keep_dims=True)
-    # In float64: one number a row, where float32 has only an approximate root and quotient.
-    root = (1 / tl.sqrt((squares / width).to(tl.float64) + EPSILON)).to(wide)
+    root = inverse_root(squares / width + EPSILON)
     tl.store(inverse + row, root, row < rows)
     for piece in range(PIECES):
         column = piece * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -125,13 +134,15 @@ def backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PIECES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     wide = inverse.dtype.element_ty
     program = tl.program_id(0)
     value = tl.zeros([ROWS, BLOCK], wide)
     upstream = tl.zeros([ROWS, BLOCK], wide)
     collected = tl.zeros([ROWS, BLOCK], wide)
-    for tile in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    tiles, programs = tl.cdiv(rows, ROWS), tl.num_programs(0)
+    for tile in tl.range(program, tiles, programs, num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         root = tl.load(inverse + row, row < rows, 0.0)
         product = tl.zeros([ROWS, 1], wide)
@@ -239,6 +250,7 @@ def rms_norm_backward_op(
         ROWS=tiles.rows,
         BLOCK=tiles.block,
         PIECES=tiles.pieces,
+        STAGES=3 if tiles.pieces == 1 else 1,
         num_warps=tiles.warps,
     )
     return x_gradient, scale_gradient.sum(0).to(scale.dtype)
@@ -307,6 +319,7 @@ def variants() -> Iterator[Variant]:
     pointers = dict.fromkeys(names, "*bf16") | {"inverse": "*fp32", "x_gradient": "*bf16"}
     names = ("rows", "width", "gradient_stride", "stream_stride", "x_stride")
     types = pointers | {"scale_gradient": "*fp32"} | dict.fromkeys(names, "i32")
+    shape |= {"STAGES": 3}
     yield Variant("backward", backward_kernel, types, shape, tiles.warps, capabilities=(90,))
 
 

@@ -66,13 +66,14 @@ def forward_kernel(
     total = tl.where(row < rows, total, 1.0)  # of no row there would be 0 / 0
     tl.store(maxima + row, maximum, row < rows)
     tl.store(totals + row, total, row < rows)
+    inverse = 1 / total  # a row's one quotient: its numbers are multiplied
     for piece in range(PIECES):
         column = piece * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < rows) & (column < width)
         if PIECES > 1:
             value = tl.load(x + row * x_stride + column, inside, float("-inf")).to(wide)
             power = tl.exp(value - maximum)
-        tl.store(output + row * width + column, power / total, inside)
+        tl.store(output + row * width + column, power * inverse, inside)
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def backward_kernel(
     wide = maxima.dtype.element_ty
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     maximum = tl.load(maxima + row, row < rows, 0.0)
-    total = tl.load(totals + row, row < rows, 1.0)
+    inverse = 1 / tl.load(totals + row, row < rows, 1.0)
     product = tl.zeros([ROWS, 1], wide)
     share = tl.zeros([ROWS, BLOCK], wide)
     upstream = tl.zeros([ROWS, BLOCK], wide)
@@ -101,7 +102,7 @@ def backward_kernel(
         column = piece * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < rows) & (column < width)
         value = tl.load(x + row * x_stride + column, inside, float("-inf")).to(wide)
-        share = tl.exp(value - maximum) / total
+        share = tl.exp(value - maximum) * inverse
         upstream = tl.load(gradient + row * gradient_stride + column, inside, 0.0).to(wide)
         product += tl.sum(share * upstream, axis=1, keep_dims=True)
     for piece in range(PIECES):
@@ -109,7 +110,7 @@ def backward_kernel(
         inside = (row < rows) & (column < width)
         if PIECES > 1:
             value = tl.load(x + row * x_stride + column, inside, float("-inf")).to(wide)
-            share = tl.exp(value - maximum) / total
+            share = tl.exp(value - maximum) * inverse
             upstream = tl.load(gradient + row * gradient_stride + column, inside, 0.0).to(wide)
         tl.store(x_gradient + row * width + column, share * (upstream - product), inside)
 

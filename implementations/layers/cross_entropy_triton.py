@@ -270,7 +270,8 @@ def variants() -> Iterator[Variant]:
     pointers = {"logits": "*bf16", "targets": "*i64", "upstream": "*fp32", "losses": "*fp32"}
     strides = ("vocabulary", "logits_stride", "gradient_stride")
     types = pointers | {"gradient": "*bf16"} | dict.fromkeys(strides, "i32")
-    constants = {"upstream_stride": 1, "Z_LOSS": 1e-4, "GRADIENT": True, "BLOCK": BLOCK, "EACH": EACH}
+    constants = {"upstream_stride": 1, "Z_LOSS": 1e-4, "GRADIENT": True}
+    constants |= {"BLOCK": BLOCK, "EACH": EACH}
     types |= {"ignore_index": "i32"}
     yield Variant("loss and gradient", cross_entropy_kernel, types, constants, WARPS)
 

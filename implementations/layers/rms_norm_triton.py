@@ -65,11 +65,8 @@ def load_stream(
 @triton.jit
 def inverse_root(square):
     """1 / sqrt(square): in float32 a GPU's root and quotient are approximate unless asked."""
-    if square.dtype == tl.float64:
-        root = 1 / tl.sqrt(square)
-    else:
-        root = tl.div_rn(1.0, tl.sqrt_rn(square))
-    return root
+    wide = square.dtype == tl.float64
+    return 1 / tl.sqrt(square) if wide else tl.div_rn(1.0, tl.sqrt_rn(square))
 
 
 @triton.jit

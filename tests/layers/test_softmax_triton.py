@@ -13,11 +13,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 SHAPES = [(1, 1), (5000, 1), (3, 63), (3, 7, 257), (2, 4099), (2, 65537)]
 
-# In float32 a GPU's exp2 is good to a relative 2^-22 by PTX's manual, and so is the quotient of a
-# row. The exponent of a share that lies d under the largest is rounded by d 2^-24, of a share that
-# falls as exp(-d): 2^-25 of the largest. Their sum errs as they do: together under 4 times 2^-22. In
-# the gradient, share (upstream - mean), the shares sum to one whatever exp2 did, since the sum was
-# made of the same powers: nothing cancels that was not exact.
+# In float32 a GPU's exp2 is good to a relative 2^-22 by PTX's manual, and so is a row's quotient.
+# The exponent of a share that lies d under the largest is rounded by d 2^-24, of a share that falls
+# as exp(-d): 2^-25 of the largest. The sum errs as its powers do: together under 4 times 2^-22. In
+# the gradient, share (upstream - mean), the shares sum to one whatever exp2 did, for the sum was
+# made of the same powers: their errors meet differences from the mean, and no cancelled ones.
 EXP2 = 2.0**-20 if torch.cuda.is_available() else 0.0
 
 

@@ -19,7 +19,7 @@ LAYOUTS = {
     "half split": (rotate_half_split_triton, rotate_half_split),
     "interleaved": (rotate_interleaved_triton, rotate_interleaved),
 }
-SHAPES = [(1, 2), (7, 2), (5, 64), (3, 33, 6), (2, 3, 17, 80), (2, 2, 3, 5, 128)]
+SHAPES = [(1, 2), (7, 2), (5, 64), (3, 33, 6), (2, 9, 17, 80), (2, 2, 3, 5, 128)]
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float64):

@@ -17,7 +17,7 @@ from implementations.layers.cross_entropy_triton import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
-SHAPES = [(1, 1), (9, 1), (9, 63), (3, 5, 257), (5, 4099), (3, 65537)]
+SHAPES = [(1, 1), (9, 1), (9, 63), (3, 5, 257), (5, 4099), (2, 32768), (3, 65537)]
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, size: float = 3.0):

@@ -35,8 +35,9 @@ from implementations.layers.row_tiles import (
     wide_dtype,
 )
 
-# A program turns NUMBERS at once, those of up to HEADS heads.
-HEADS, NUMBERS, WARPS = 4, 2048, 4
+# A program turns NUMBERS at once, those of up to HEADS heads. On an H200 with heads of 128, of a
+# copy's speed in both layouts: 0.96; 4 heads 0.93 and 0.94; 1 head 0.90 and 0.87.
+HEADS, NUMBERS, WARPS = 8, 2048, 4
 
 
 @triton.jit

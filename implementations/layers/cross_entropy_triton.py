@@ -17,6 +17,7 @@ Shapes  logits [..., vocabulary]    targets [...]
 Run     uv run python implementations/layers/cross_entropy_triton.py
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -36,17 +37,26 @@ from implementations.layers.row_tiles import (
     wide_dtype,
 )
 
-BLOCK, WARPS, EACH = 16384, 32, 8
+BLOCK, WARPS, EACH = 8192, 16, 8
+THREADS = 32 * WARPS
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def power(value, base):
+    """exp(value - base): one multiplication and sum, and the power of two that a GPU has."""
+    return tl.exp2(value * LOG2_E - base * LOG2_E)
 
 
 @triton.jit
 def join(value, maximum, total):
     """Every thread's maximum and sum of powers relative to it, with another block of numbers."""
     value = value.to(maximum.dtype)
-    largest = tl.maximum(maximum, tl.max(value, axis=1, keep_dims=True))
+    largest = tl.max(tl.max(value, axis=2, keep_dims=True), axis=0, keep_dims=True)
+    largest = tl.maximum(maximum, largest)
     base = tl.where(largest == float("-inf"), 0.0, largest)
-    powers = tl.sum(tl.exp(value - base), axis=1, keep_dims=True)
-    return largest, total * tl.exp(maximum - base) + powers
+    powers = tl.sum(tl.sum(power(value, base), axis=2, keep_dims=True), axis=0, keep_dims=True)
+    return largest, total * power(maximum, base) + powers
 
 
 @triton.jit
@@ -63,15 +73,18 @@ def cross_entropy_kernel(
     ignore_index,
     Z_LOSS: tl.constexpr,
     GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    THREADS: tl.constexpr,
     EACH: tl.constexpr,
 ):
+    BLOCK: tl.constexpr = GROUPS * THREADS * EACH
     wide = losses.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     gradient += row * gradient_stride
-    # A block is written as a matrix whose rows are EACH neighbours in one thread.
-    lane = tl.arange(0, BLOCK // EACH)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    # EACH neighbours in a thread, THREADS of them side by side, and that GROUPS times.
+    lane = tl.arange(0, GROUPS)[:, None, None] * THREADS + tl.arange(0, THREADS)[None, :, None]
+    lane = lane * EACH + tl.arange(0, EACH)[None, None, :]
     target = tl.load(targets + row)
     if target == ignore_index:
         tl.store(losses + row, 0.0)
@@ -83,8 +96,8 @@ def cross_entropy_kernel(
     # Outside the vocabulary is no address to read: that row's loss is NaN.
     known = (target >= 0) & (target < vocabulary)
     chosen = tl.load(logits + target, known, float("nan")).to(wide)
-    maximum = tl.full([BLOCK // EACH, 1], float("-inf"), wide)
-    total = tl.zeros([BLOCK // EACH, 1], wide)
+    maximum = tl.full([1, THREADS, 1], float("-inf"), wide)
+    total = tl.zeros([1, THREADS, 1], wide)
     value = tl.load(logits + lane, lane < vocabulary, float("-inf"), eviction_policy="evict_last")
     for start in range(BLOCK, vocabulary, BLOCK):
         column = start + lane
@@ -96,21 +109,22 @@ def cross_entropy_kernel(
     maximum, total = join(value, maximum, total)
     largest = tl.max(maximum)
     base = tl.where(largest == float("-inf"), 0.0, largest)
-    normalizer = largest + tl.log(tl.sum(total * tl.exp(maximum - base)))
+    normalizer = largest + tl.log(tl.sum(total * power(maximum, base)))
     tl.store(losses + row, normalizer - chosen + Z_LOSS * normalizer * normalizer)
     if GRADIENT:
         factor = tl.load(upstream + row * upstream_stride).to(wide)
-        weight = 1 + 2 * Z_LOSS * normalizer
+        weight = factor * (1 + 2 * Z_LOSS * normalizer)
         for piece in range(tl.cdiv(vocabulary, BLOCK) - 1, -1, -1):
             column = piece * BLOCK + lane
             before = column - BLOCK
             ahead = tl.load(
                 logits + before, before >= 0, float("-inf"), eviction_policy="evict_first"
             )
-            slope = tl.exp(value.to(wide) - normalizer) * weight
-            slope -= tl.where(column == target, 1.0, 0.0)
-            tl.store(gradient + column, factor * slope, column < vocabulary, cache_modifier=".cs")
+            slope = weight * power(value.to(wide), normalizer)
+            tl.store(gradient + column, slope, column < vocabulary, cache_modifier=".cs")
             value = ahead
+        tl.debug_barrier()  # the target's number is written a second time, by whichever thread
+        tl.store(gradient + target, weight * power(chosen, normalizer) - factor, known)
 
 
 def launch_rows(
@@ -126,6 +140,9 @@ def launch_rows(
     rows, vocabulary = logits.shape
     written = logits if gradient is None else gradient
     block = min(BLOCK, power_of_two(vocabulary))
+    warps = min(WARPS, ceil_divide(block, BLOCK // WARPS))
+    each = min(EACH, block)
+    threads = min(32 * warps, block // each)
     launch(
         cross_entropy_kernel,
         (rows,),
@@ -141,9 +158,10 @@ def launch_rows(
         ignore_index,
         Z_LOSS=z_loss,
         GRADIENT=gradient is not None,
-        BLOCK=block,
-        EACH=min(EACH, block),
-        num_warps=min(WARPS, ceil_divide(block, 512)),
+        GROUPS=block // threads // each,
+        THREADS=threads,
+        EACH=each,
+        num_warps=warps,
     )
 
 
@@ -271,7 +289,7 @@ def variants() -> Iterator[Variant]:
     strides = ("vocabulary", "logits_stride", "gradient_stride")
     types = pointers | {"gradient": "*bf16"} | dict.fromkeys(strides, "i32")
     constants = {"upstream_stride": 1, "Z_LOSS": 1e-4, "GRADIENT": True}
-    constants |= {"BLOCK": BLOCK, "EACH": EACH}
+    constants |= {"GROUPS": BLOCK // THREADS // EACH, "THREADS": THREADS, "EACH": EACH}
     types |= {"ignore_index": "i32"}
     yield Variant("loss and gradient", cross_entropy_kernel, types, constants, WARPS)
 

@@ -26,6 +26,7 @@ from implementations.lab.ahead_of_time import Variant
 from implementations.layers.cross_entropy_triton import (
     BLOCK,
     EACH,
+    THREADS,
     WARPS,
     check_targets,
     cross_entropy_in_place_op,
@@ -148,7 +149,8 @@ def variants() -> Iterator[Variant]:
     pointers = {"logits": "*bf16", "targets": "*i64", "upstream": "*fp32", "losses": "*fp32"}
     integers = ("vocabulary", "logits_stride", "gradient_stride", "upstream_stride", "ignore_index")
     types = pointers | {"gradient": "*bf16"} | dict.fromkeys(integers, "i32")
-    constants = {"Z_LOSS": 0.0, "GRADIENT": True, "BLOCK": BLOCK, "EACH": EACH}
+    constants = {"Z_LOSS": 0.0, "GRADIENT": True, "THREADS": THREADS, "EACH": EACH}
+    constants |= {"GROUPS": BLOCK // THREADS // EACH}
     yield Variant("a chunk", cross_entropy_kernel, types, constants, WARPS, capabilities=(90,))
 
 

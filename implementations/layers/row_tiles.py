@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 WIDEST = 16384  # numbers of one tile
+REDUCTIONS = 16384  # bytes of shared memory in which a program's threads meet
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -29,7 +30,12 @@ class RowTiles(NamedTuple):
 
 
 def row_tiles(
-    width: int, *, smallest: int = 4096, widest: int = WIDEST, most_warps: int = 16
+    width: int,
+    *,
+    smallest: int = 4096,
+    widest: int = WIDEST,
+    most_warps: int = 16,
+    a_thread: int = 32,
 ) -> RowTiles:
     """The tile for rows of a width.
 
@@ -38,14 +44,13 @@ def row_tiles(
         smallest: numbers that a tile should hold at least, so that its launch is worth it.
         widest: numbers of a row that a program holds at once; a power of two.
         most_warps: of a program.
+        a_thread: numbers that a thread should hold.
     """
     block = min(power_of_two(width), widest)
     rows = max(1, smallest // block)
-    # 32 numbers a thread, in 16-byte loads: four in flight for each thread in bfloat16. Forward on
-    # an H200, in shares of a copy's speed, RMSNorm reached 0.93, 0.91, 0.90, 0.88 with these warps
-    # at widths 1024, 4096, 8192, 16,384, and 0.90, 0.90, 0.88, 0.86 with twice as many. A kernel
-    # that has measured better tiles since passes them.
-    warps = min(max(rows * block // 1024, smallest // 1024), most_warps)
+    # 32 numbers a thread, in 16-byte loads: four in flight for each thread in bfloat16. A kernel
+    # that has measured better tiles passes them.
+    warps = min(max(rows * block, smallest) // (32 * a_thread), most_warps)
     return RowTiles(rows, block, ceil_divide(width, block), warps)
 
 
@@ -72,6 +77,18 @@ def resident_programs(x: Tensor, tiles: int, each: int = 2) -> int:
     if not x.is_cuda:
         return min(tiles, 3)  # the interpreter runs them one after the other
     return min(tiles, each * torch.cuda.get_device_properties(x.device).multi_processor_count)
+
+
+def pipeline_stages(x: Tensor, tiles: RowTiles, inputs: int) -> int:
+    """How many tiles of each input a loop holds: three, two of them on their way, or one.
+
+    One if a program's shared memory cannot hold three; two were slower than one.
+    """
+    if not x.is_cuda:
+        return 1  # the interpreter has no use for it
+    memory = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    tile = tiles.rows * tiles.block * x.element_size()
+    return 3 if tiles.pieces == 1 and 3 * inputs * tile + REDUCTIONS <= memory else 1
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *others: Any, **options: Any) -> None:

@@ -37,6 +37,12 @@ from implementations.layers.row_tiles import (
 
 
 @triton.jit
+def reciprocal(total):
+    """Rounded correctly, so that shares sum to one: a GPU's own float32 quotient is near it."""
+    return 1 / total if total.dtype == tl.float64 else tl.div_rn(1.0, total)
+
+
+@triton.jit
 def forward_kernel(
     x,
     output,
@@ -66,7 +72,7 @@ def forward_kernel(
     total = tl.where(row < rows, total, 1.0)  # of no row there would be 0 / 0
     tl.store(maxima + row, maximum, row < rows)
     tl.store(totals + row, total, row < rows)
-    inverse = 1 / total  # a row's one quotient: its numbers are multiplied
+    inverse = reciprocal(total)
     for piece in range(PIECES):
         column = piece * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < rows) & (column < width)
@@ -94,7 +100,7 @@ def backward_kernel(
     wide = maxima.dtype.element_ty
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     maximum = tl.load(maxima + row, row < rows, 0.0)
-    inverse = 1 / tl.load(totals + row, row < rows, 1.0)
+    inverse = reciprocal(tl.load(totals + row, row < rows, 1.0))
     product = tl.zeros([ROWS, 1], wide)
     share = tl.zeros([ROWS, BLOCK], wide)
     upstream = tl.zeros([ROWS, BLOCK], wide)

@@ -55,7 +55,7 @@ class Config:
     learning_rate: float = 1e-2
     """1e-3 for a model of 124 million parameters"""
     compiled: bool = False
-    """also attention, loss and optimizer as kernels in a model that torch.compile has fused"""
+    """also rotary, attention, loss and optimizer as kernels in a model that torch.compile fused"""
     peak: float = 0.0
     """the device's dense bfloat16 rate in FLOP/s, for MFU: 989e12 for an H200; 0 leaves it out"""
 
@@ -113,8 +113,11 @@ def forms(compiled: bool) -> dict[str, Form]:
         "+ loss": Form(flash, parts, loss),
         "+ optimizer": Form(flash, parts, loss, step_),
     }
-    if compiled:  # the compiler fuses norm, rotary and gate by itself, the other three it cannot
-        found["compiled"] = Form(flash, {}, loss, step_, compiled=True)
+    # The compiler fuses norm and gate by itself; rotary too, but with sines and cosines of its own
+    # for every number of every head, and the other three it cannot.
+    if compiled:
+        turned = {"rotate": rotate_half_split_triton}
+        found["compiled"] = Form(flash, turned, loss, step_, compiled=True)
     return found
 
 

@@ -120,7 +120,7 @@ def write(output, plane, row, o, mass, buffer):
 
 @gluon.jit
 def copy_now(descriptor, plane, row, buffer, arrived, phase):
-    """Fill a buffer and wait until it is full."""
+    """Fill a buffer, when all warps have come here, and wait until it is full."""
     mbarrier.expect(arrived, descriptor.block_type.nbytes)
     tma_load(descriptor, [0, plane, row, 0], arrived, buffer)
     mbarrier.wait(arrived, phase)
@@ -141,8 +141,8 @@ def in_turn_kernel(query, key, value, output, tiles, length, scale, CAUSAL: gl.c
         row = (blocks - 1 - block) * KEYS
         copy_now(key, plane, row, k_buffer, barriers.index(1), block & 1)
         s = warpgroup_mma_wait(0, deps=(start_scores(q, k_buffer),))
-        if CAUSAL:
-            if block == 0:  # noqa: SIM102  one is decided when compiled, one when run
+        if CAUSAL:  # noqa: SIM102  one is decided when compiled, one when run
+            if block == 0:
                 s = hide_future(s, 0)
         p, peak, mass, shrink = softmax(s, peak, mass, scale)
         o = rescale(o, shrink)
@@ -160,8 +160,8 @@ def producer(query, key, value, buffers, barriers, tiles, length, CAUSAL: gl.con
     CONSUMERS: gl.constexpr = q_buffers.shape[0]
     ROWS: gl.constexpr = SIZE // CONSUMERS
     count = 0
-    turn = 0
     for number in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        turn = number // gl.num_programs(0)
         plane, first, blocks = tile_of(number, length, CAUSAL)
         for g in gl.static_range(CONSUMERS):
             fetch(query, 0, plane, first + g * ROWS, q_buffers, q_full, q_empty, g, turn & 1)
@@ -171,7 +171,6 @@ def producer(query, key, value, buffers, barriers, tiles, length, CAUSAL: gl.con
             fetch(key, 0, plane, row, k_buffers, k_full, k_empty, slot, phase)
             fetch(value, 0, plane, row, v_buffers, v_full, v_empty, slot, phase)
             count += 1
-        turn += 1
 
 
 @gluon.jit
@@ -184,8 +183,8 @@ def in_turn(
     ROWS: gl.constexpr = q_buffers.shape[3]
     q = q_buffers.index(OWN).reshape([ROWS, DIM])
     count = 0
-    turn = 0
     for number in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        turn = number // gl.num_programs(0)
         plane, first, blocks = tile_of(number, length, CAUSAL)
         peak, mass, o = nothing_seen(ROWS)
         mbarrier.wait(q_full.index(OWN), turn & 1)
@@ -194,8 +193,8 @@ def in_turn(
             mbarrier.wait(k_full.index(slot), phase)
             s = warpgroup_mma_wait(0, deps=(start_scores(q, k_buffers.index(slot)),))
             mbarrier.arrive(k_empty.index(slot), count=1)
-            if CAUSAL:
-                if block == 0:  # noqa: SIM102
+            if CAUSAL:  # noqa: SIM102  one is decided when compiled, one when run
+                if block == 0:
                     s = hide_future(s, OWN * ROWS)
             p, peak, mass, shrink = softmax(s, peak, mass, scale)
             o, p = rescale(o, shrink), rounded(p, o)
@@ -205,7 +204,6 @@ def in_turn(
             count += 1
         mbarrier.arrive(q_empty.index(OWN), count=1)
         write(output, plane, first + OWN * ROWS, o, mass, o_buffers.index(OWN))
-        turn += 1
     tma.store_wait(0)
 
 
@@ -219,8 +217,8 @@ def in_flight(
     ROWS: gl.constexpr = q_buffers.shape[3]
     q = q_buffers.index(OWN).reshape([ROWS, DIM])
     count = 0
-    turn = 0
     for number in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        turn = number // gl.num_programs(0)
         plane, first, blocks = tile_of(number, length, CAUSAL)
         peak, mass, o = nothing_seen(ROWS)
         mbarrier.wait(q_full.index(OWN), turn & 1)
@@ -252,7 +250,6 @@ def in_flight(
         mbarrier.arrive(v_empty.index(last), count=1)
         count += 1
         write(output, plane, first + OWN * ROWS, o, mass, o_buffers.index(OWN))
-        turn += 1
     tma.store_wait(0)
 
 
@@ -263,8 +260,8 @@ def copies(
     """No step of the ladder: empty the slots as they come, to learn how fast they can come."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     count = 0
-    turn = 0
     for number in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        turn = number // gl.num_programs(0)
         _, _, blocks = tile_of(number, length, CAUSAL)
         mbarrier.wait(q_full.index(OWN), turn & 1)
         for _ in range(blocks):
@@ -275,7 +272,6 @@ def copies(
             mbarrier.arrive(v_empty.index(slot), count=1)
             count += 1
         mbarrier.arrive(q_empty.index(OWN), count=1)
-        turn += 1
 
 
 @gluon.jit
@@ -316,7 +312,7 @@ def ring_kernel(
         ], [4, 4], [240, 240])  # fmt: skip
 
 
-class Step(NamedTuple):
+class Schedule(NamedTuple):
     """How a step of the ladder is launched."""
 
     consumers: int
@@ -325,18 +321,18 @@ class Step(NamedTuple):
     persistent: bool = False
 
 
-STEPS = {
-    "in turn": Step(1, None),
-    "copies ahead": Step(1, in_turn),
-    "two consumers": Step(2, in_turn),
-    "products in flight": Step(2, in_flight),
-    "persistent": Step(2, in_flight, persistent=True),
+KERNELS = {
+    "in turn": Schedule(1, None),
+    "copies ahead": Schedule(1, in_turn),
+    "two consumers": Schedule(2, in_turn),
+    "products in flight": Schedule(2, in_flight),
+    "persistent": Schedule(2, in_flight, persistent=True),
 }
-COPIES = Step(2, copies, persistent=True)
+COPIES = Schedule(2, copies, persistent=True)
 
 
 def attention_step(
-    step: Step,
+    step: Schedule,
     query: Float[Tensor, "batch head query dim"],
     key: Float[Tensor, "batch head query dim"],
     value: Float[Tensor, "batch head query dim"],
@@ -380,7 +376,7 @@ def variants() -> Iterator[Variant]:
 
 def variant(name: str, causal: bool) -> Variant:
     """One step, ready to be compiled where there is no GPU."""
-    step = STEPS[name]
+    step = KERNELS[name]
     rows = SIZE.value // step.consumers
     counts = {"query": rows, "key": KEYS.value, "value": KEYS.value, "output": rows}
     types = block_types(counts, DIM.value, gl.bfloat16)
@@ -407,7 +403,7 @@ def main() -> None:
     exact = attention_naive(query.double(), key.double(), value.double(), causal=True)
     limit = allowed(attention_naive(query, key, value, causal=True), exact)
     print(f"causal, {list(query.shape)}, bfloat16: mean error, allowed {limit.mean:.1e}")
-    for name, step in STEPS.items():
+    for name, step in KERNELS.items():
         seen = error(attention_step(step, query, key, value, causal=True), exact)
         print(f"  {name:18}  {seen.mean:.1e}")
 

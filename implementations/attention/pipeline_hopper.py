@@ -153,6 +153,22 @@ def in_turn_kernel(query, key, value, output, tiles, length, scale, CAUSAL: gl.c
 
 
 @gluon.jit
+def copies_in_turn_kernel(query, key, value, output, tiles, length, scale, CAUSAL: gl.constexpr):
+    """No step of the ladder: the copies of the kernel above, to learn how long they are waited for.
+
+    Launch no more programs than multiprocessors: several would fit on one, and hide each other.
+    """
+    k_buffer, v_buffer = make_buffers(key, 1).index(0), make_buffers(value, 1).index(0)
+    barriers = make_barriers(2, 1)
+    fence_async_shared()
+    plane, _, blocks = tile_of(gl.program_id(0), length, CAUSAL)
+    for block in range(blocks):
+        row = (blocks - 1 - block) * KEYS
+        copy_now(key, plane, row, k_buffer, barriers.index(0), block & 1)
+        copy_now(value, plane, row, v_buffer, barriers.index(1), block & 1)
+
+
+@gluon.jit
 def producer(query, key, value, buffers, barriers, tiles, length, CAUSAL: gl.constexpr):
     """Ask for all that the consumers will need, as early as there is room for it."""
     q_buffers, k_buffers, v_buffers, _ = buffers
@@ -257,7 +273,7 @@ def in_flight(
 def copies(
     output, buffers, barriers, tiles, length, scale, CAUSAL: gl.constexpr, OWN: gl.constexpr
 ):
-    """No step of the ladder: empty the slots as they come, to learn how fast they can come."""
+    """No step of the ladder: empty the slots as they come, to learn how fast that can be."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     count = 0
     for number in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -316,19 +332,22 @@ class Schedule(NamedTuple):
     """How a step of the ladder is launched."""
 
     consumers: int
+    """none: the program is one group of eight warps, without a producer"""
     work: Any
-    """what a consumer does; None where there is no producer"""
+    """what a consumer does, or the whole program"""
     persistent: bool = False
 
 
 KERNELS = {
-    "in turn": Schedule(1, None),
+    "in turn": Schedule(0, in_turn_kernel),
     "copies ahead": Schedule(1, in_turn),
     "two consumers": Schedule(2, in_turn),
     "products in flight": Schedule(2, in_flight),
     "persistent": Schedule(2, in_flight, persistent=True),
 }
-COPIES = Schedule(2, copies, persistent=True)
+# These write no output: they are there to be timed.
+COPIES = Schedule(2, copies)
+COPIES_IN_TURN = Schedule(0, copies_in_turn_kernel, persistent=True)
 
 
 def attention_step(
@@ -356,17 +375,17 @@ def attention_step(
         raise ValueError(f"the kernels run on a Hopper GPU, got {query.device}")
     programs = multiprocessors(query.device)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    rows = SIZE.value // step.consumers
+    rows = SIZE.value // max(1, step.consumers)
     tiles = batch * heads * length // SIZE.value
     planes = [x.contiguous().view(1, -1, length, dim) for x in (query, key, value, output)]
     blocks = map(tile_at, planes, (rows, KEYS.value, KEYS.value, rows))
     arguments = (*blocks, tiles, length, dim**-0.5 * LOG2_E.value)
     grid = (min(tiles, programs) if step.persistent else tiles,)
     with torch.cuda.device_of(query):  # Triton launches on the current GPU
-        if step.work is None:
-            in_turn_kernel[grid](*arguments, CAUSAL=causal, num_warps=8)
-        else:
+        if step.consumers:
             ring_kernel[grid](*arguments, CAUSAL=causal, CONSUMERS=step.consumers, WORK=step.work)
+        else:
+            step.work[grid](*arguments, CAUSAL=causal, num_warps=8)
     return output
 
 
@@ -377,14 +396,14 @@ def variants() -> Iterator[Variant]:
 def variant(name: str, causal: bool) -> Variant:
     """One step, ready to be compiled where there is no GPU."""
     step = KERNELS[name]
-    rows = SIZE.value // step.consumers
+    rows = SIZE.value // max(1, step.consumers)
     counts = {"query": rows, "key": KEYS.value, "value": KEYS.value, "output": rows}
     types = block_types(counts, DIM.value, gl.bfloat16)
     types |= {"tiles": "i32", "length": "i32", "scale": "fp32"}
     constants: dict[str, Any] = {"CAUSAL": causal}
     label = name + ", causal" * causal
-    if step.work is None:
-        return Variant(label, in_turn_kernel, types, constants, warps=8, capabilities=(90,))
+    if not step.consumers:
+        return Variant(label, step.work, types, constants, warps=8, capabilities=(90,))
     constants |= {"CONSUMERS": step.consumers, "WORK": step.work}
     return Variant(label, ring_kernel, types, constants, capabilities=(90,))
 

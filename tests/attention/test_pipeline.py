@@ -122,7 +122,7 @@ def test_useful_operations_of_two_products():
 
 def test_every_step_but_the_last_is_a_kernel():
     assert [*gluon.KERNELS, "in pairs"] == list(STEPS)
-    consumers = [schedule.consumers for schedule in gluon.KERNELS.values()]
+    consumers = [max(1, schedule.consumers) for schedule in gluon.KERNELS.values()]
     assert consumers == [STEPS[step][0] for step in gluon.KERNELS]
 
 
@@ -168,15 +168,16 @@ def test_as_accurate_as_the_equation(step, causal):
 @pytest.mark.full
 def test_all_steps_compile_and_keep_their_numbers_in_registers():
     script = """
-from implementations.attention.pipeline_hopper import COPIES, KERNELS, variant
+from implementations.attention.pipeline_hopper import COPIES, COPIES_IN_TURN, KERNELS, variant
 from implementations.lab.ahead_of_time import cost
 
-KERNELS["copies"] = COPIES
+in_turn = cost(variant("in turn", False), 90)
+assert in_turn.registers > 128, "two programs fit on a multiprocessor, and hide each other"
+KERNELS |= {"copies": COPIES, "copies in turn": COPIES_IN_TURN}
 for step in KERNELS:
     for causal in (False, True):
         seen = cost(variant(step, causal), 90)
         assert seen.spilled == seen.serial == 0, (step, seen)
-        assert seen.registers > 128, "two programs fit on a multiprocessor, and hide each other"
 """
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"

@@ -89,9 +89,11 @@ class Multiprocessor:
 
     Args:
         consumers: how many must have read a block before its slot is free.
+        delay: cycles that a warpgroup loses in each block without asking a unit for anything.
     """
 
-    def __init__(self, consumers: int):
+    def __init__(self, consumers: int, delay: float = 0.0):
+        self.delay = delay
         self.free: dict[str, float] = defaultdict(float)
         self.spans: list[Span] = []
         self.full: dict[tuple[str, int], Moment] = defaultdict(Moment)
@@ -114,7 +116,7 @@ class Multiprocessor:
         for unit, cycles in (("arithmetic", costs.maxima), ("exponentials", costs.exponentials)):
             for _ in range(SLICES):
                 now = yield self.start(unit, who, now, cycles / SLICES)
-        return now
+        return (yield Moment(1, [now + self.delay]))
 
     def run(self, actors: dict[str, Actor]) -> float:
         """Let all of them act in the order of time; when the last has finished.
@@ -231,7 +233,9 @@ STEPS = {
 }
 
 
-def simulate(step: str, tiles: list[int], in_step: bool = False) -> tuple[float, list[Span]]:
+def simulate(
+    step: str, tiles: list[int], in_step: bool = False, delay: float = 0.0
+) -> tuple[float, list[Span]]:
     """Cycles of one program that works on tiles of so many blocks, and what its units did when.
 
     Nothing makes two warpgroups take turns. At best one multiplies while the other does not, which
@@ -240,7 +244,7 @@ def simulate(step: str, tiles: list[int], in_step: bool = False) -> tuple[float,
     """
     consumers, work = STEPS[step]
     consumers = 1 if in_step else consumers
-    machine = Multiprocessor(consumers)
+    machine = Multiprocessor(consumers, delay)
     if work is None:
         return machine.run({"both": alone(machine, tiles)}), machine.spans
     names = ["both"] if consumers == 1 else ["first", "second"]
@@ -258,17 +262,23 @@ class Line(NamedTuple):
     """what each later tile takes besides"""
 
     @classmethod
-    def of(cls, step: str, in_step: bool = False) -> "Line":
-        short, long, twice = (simulate(step, t, in_step)[0] for t in ([8], [24], [8, 8]))
+    def of(cls, step: str, in_step: bool = False, delay: float = 0.0) -> "Line":
+        short, long, twice = (simulate(step, t, in_step, delay)[0] for t in ([8], [24], [8, 8]))
         block = (long - short) / 16
         return cls(block, short - 8 * block, twice - short - 8 * block)
 
 
 def kernel_cycles(
-    step: str, planes: int, length: int, causal: bool, programs: int, in_step: bool = False
+    step: str,
+    planes: int,
+    length: int,
+    causal: bool,
+    programs: int,
+    in_step: bool = False,
+    delay: float = 0.0,
 ) -> float:
     """Cycles of a whole launch, with as many programs at a time as there are multiprocessors."""
-    line = Line.of(step, in_step)
+    line = Line.of(step, in_step, delay)
     a_head = length // SIZE
     blocks = [i + 1 if causal else a_head for i in reversed(range(a_head))] * planes
     if step not in ("persistent", "in pairs"):  # the next program goes where one has ended
@@ -293,10 +303,12 @@ def useful_operations(planes: int, length: int, causal: bool) -> float:
 
 def main() -> None:
     products = 2 * Costs.of(SIZE).product
-    print(f"128 queries, 128 keys: the products take {products:.0f} cycles; with all else, a block")
+    print(f"128 queries, 128 keys: cycles, and the share of them that is products ({products:.0f})")
+    print("                      in step     taking turns")
     for step in STEPS:
-        worst, best = (products / Line.of(step, in_step).block for in_step in (True, False))
-        print(f"  {step:18}  {worst:.2f} to {best:.2f} of the matrix rate")
+        cycles = [Line.of(step, in_step).block for in_step in (True, False)]
+        columns = "     ".join(f"{count:5.0f}  {products / count:.2f}" for count in cycles)
+        print(f"  {step:18} {columns}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,14 @@ def test_in_step_two_consumers_are_one():
     assert Line.of("products in flight", in_step=True).block == 1024 + 256 + 1024 + 128
 
 
+def test_a_delay_is_hidden_only_by_the_other_warpgroup():
+    """A warpgroup's own 1,728 cycles leave 320 of 2,048 free; beyond those nothing hides it."""
+    assert Line.of("copies ahead", delay=100).block == 3456 + 100
+    assert Line.of("products in flight", in_step=True, delay=100).block == 2432 + 100
+    assert Line.of("two consumers", delay=320).block == 2048
+    assert Line.of("two consumers", delay=420).block >= 2048 + 100
+
+
 @pytest.mark.parametrize("step", list(STEPS)[2:])
 def test_taking_turns_the_products_never_rest(step):
     assert Line.of(step).block == 2048

@@ -67,6 +67,7 @@ Shares = dict[str, dict[str, tuple[float, float]]]
 """of the matrix rate, at worst and at best, by case and step"""
 HEADS = 16
 CYCLES = 500_000  # 0.3 ms
+DELAY = "lost in each block of the second step"
 
 
 def cases(config: Config) -> dict[str, tuple[int, bool]]:
@@ -78,8 +79,8 @@ def cases(config: Config) -> dict[str, tuple[int, bool]]:
     }
 
 
-def predict(config: Config) -> Shares:
-    """Bounds of whole launches, from cycles."""
+def predict(config: Config, delay: float = 0.0) -> Shares:
+    """Bounds of whole launches, from cycles; with a delay in every block, expectations."""
     shares: Shares = {}
     for case, (length, causal) in cases(config).items():
         planes = HEADS * config.tokens // length
@@ -87,7 +88,8 @@ def predict(config: Config) -> Shares:
         shares[case] = {}
         for step in STEPS:
             worst, best = (
-                useful / kernel_cycles(step, planes, length, causal, config.programs, in_step)
+                useful
+                / kernel_cycles(step, planes, length, causal, config.programs, in_step, delay)
                 for in_step in (True, False)
             )
             shares[case][step] = worst, best
@@ -180,7 +182,7 @@ def measure(config: Config, predicted: Shares) -> tuple[list[Finding], dict[str,
             expected=at_most(1.0),
         ),
     ]  # fmt: skip
-    shares = {}
+    shares, kernels = {}, {}
     for case, (length, causal) in cases(config).items():
         shape = (config.tokens // length, HEADS, length, DIM)
         inputs = [torch.randn(shape, device=config.device).bfloat16() for _ in range(3)]
@@ -195,6 +197,7 @@ def measure(config: Config, predicted: Shares) -> tuple[list[Finding], dict[str,
         cycles = {name: timings.median(name) * hertz for name in calls}
         planes = shape[0] * HEADS
         useful = useful_operations(planes, length, causal)
+        kernels[case] = cycles["copies ahead"]
         shares[case] = {
             name: useful / (cycles[name] * config.programs * PRODUCTS) for name in (*STEPS, "cuDNN")
         }
@@ -221,7 +224,26 @@ def measure(config: Config, predicted: Shares) -> tuple[list[Finding], dict[str,
                 spread=timings.spread("in pairs", "cuDNN"),
             )
         )
-    return findings + waiting(config), shares
+    delay = lost_in_a_block(config, kernels)
+    findings.append(Finding(DELAY, delay, "cycles"))
+    expected = predict(config, delay)
+    for step in list(STEPS)[2:]:
+        inside = sum(
+            low <= shares[case][step] <= high
+            for case, steps in expected.items()
+            for low, high in [steps[step]]
+        )
+        claim = f"{step}: cases in the range that this loss predicts, of {len(expected)}"
+        findings.append(Finding(claim, inside))
+    return findings + waiting(config), shares, delay
+
+
+def lost_in_a_block(config: Config, kernels: dict[str, float]) -> float:
+    """What a block takes beyond its prediction where nothing overlaps but the copies."""
+    case, (length, causal) = max(cases(config).items(), key=lambda item: (not item[1][1], item[1]))
+    setting = ("copies ahead", HEADS * config.tokens // length, length, causal, config.programs)
+    without, with_one = (kernel_cycles(*setting, delay=delay) for delay in (0.0, 1.0))
+    return (kernels[case] - without) / (with_one - without)
 
 
 def bytes_copied(planes: int, length: int, causal: bool) -> float:
@@ -253,8 +275,8 @@ def waiting(config: Config) -> list[Finding]:
     ]
 
 
-def recorded(config: Config) -> tuple[str, dict[str, dict[str, float]]]:
-    """The measured shares of a record made on a GPU, and its name; none if there is no record."""
+def recorded(config: Config) -> tuple[str, dict[str, dict[str, float]], float]:
+    """A record made on a GPU: its name, shares and lost cycles; nothing if there is no record."""
     for path in sorted(RECORDS.glob(f"{Path(__file__).stem}.*.json")):
         record: dict[str, Any] = json.loads(path.read_text("utf-8"))
         found = {entry["claim"]: entry["measured"] for entry in record["findings"]}
@@ -266,8 +288,8 @@ def recorded(config: Config) -> tuple[str, dict[str, dict[str, float]]]:
             }
             for case in cases(config)
         }
-        return f"recorded on an {record['device']}, {record['date']}", shares
-    return "", {}
+        return f"recorded on an {record['device']}", shares, found[DELAY]
+    return "", {}, 0.0
 
 
 COLOURS = {"both": "C7", "producer": "C7", "first": "C0", "second": "C1"}
@@ -293,6 +315,7 @@ def draw_timeline(axes: Axes, step: str) -> None:
 def draw(
     config: Config,
     predicted: Shares,
+    expected: Shares,
     measured: dict[str, dict[str, float]],
     source: str,
 ) -> None:
@@ -304,31 +327,42 @@ def draw(
     for axes, step in zip(panels, drawn, strict=True):
         draw_timeline(axes, step)
     panels[-1].set_xlabel("cycles", fontsize=8)
-    left.suptitle("what the units do, simulated: one warpgroup blue, the other orange", fontsize=10)
+    left.suptitle("the units, taking turns: one warpgroup blue, the other orange", fontsize=10)
     grid = right.subplots(2, len(config.lengths), sharex=True, sharey=True, squeeze=False)
     for axes, (case, steps) in zip(grid.flat, predicted.items(), strict=True):
-        for place, (worst, best) in enumerate(steps.values()):
-            low = min(worst, best - 0.006)  # a range of nothing is a line
-            axes.bar(place, best - low, bottom=low, color="0.8", width=0.7)
-        points = measured.get(case, {})
-        if points:
-            axes.plot(range(len(steps)), [points[step] for step in steps], "ko-", markersize=4)
-            axes.axhline(points["cuDNN"], color="C3", linestyle="--", linewidth=1)
-            axes.text(-0.4, points["cuDNN"] + 0.015, "cuDNN", color="C3", fontsize=8)
+        draw_ranges(axes, steps, -0.2 if measured else 0, "0.8")
+        if measured:
+            draw_ranges(axes, expected[case], 0.2, "C2")
+            points = [measured[case][step] for step in steps]
+            axes.plot(range(len(steps)), points, "ko-", markersize=4, linewidth=1)
+            axes.axhline(measured[case]["cuDNN"], color="C3", linestyle="--", linewidth=1)
+            axes.text(-0.4, measured[case]["cuDNN"] + 0.015, "cuDNN", color="C3", fontsize=8)
         axes.set_title(case, fontsize=9)
         axes.set_xticks(range(len(steps)), list(steps), rotation=35, ha="right", fontsize=8)
         axes.set_ylim(0, 1)
     for axes in grid[:, 0]:
         axes.set_ylabel("share of the matrix rate", fontsize=8)
-    points = f"points: measured ({source})" if source else "nothing measured yet"
-    right.suptitle(f"bars: predicted, in step to taking turns; {points}", fontsize=10)
+    title = "grey: predicted, from always in step to taking turns; "
+    if measured:
+        title += f"points: measured, {source}\n"
+        title += "green: predicted with what each block of 'copies ahead' was seen to lose"
+    right.suptitle(title if measured else title + "nothing measured yet", fontsize=10)
+
+
+def draw_ranges(
+    axes: Axes, steps: dict[str, tuple[float, float]], shift: float, colour: str
+) -> None:
+    """A bar from the worst to the best of each step; a range of nothing is a line."""
+    for place, (worst, best) in enumerate(steps.values()):
+        low = min(worst, best - 0.008)
+        axes.bar(place + shift, best - low, bottom=low, color=colour, width=0.36)
 
 
 def main(config: Config) -> list[Finding]:
     torch.manual_seed(0)
     if config.device == "cpu":
         predicted = predict(config)
-        source, measured = recorded(config)
+        source, measured, delay = recorded(config)
         findings = predictions(predicted)
         findings.append(Finding("measurements drawn beside the predictions", source or "none"))
     else:
@@ -336,9 +370,9 @@ def main(config: Config) -> list[Finding]:
 
         config = replace(config, programs=multiprocessors(torch.device(config.device)))
         predicted = predict(config)
-        findings, measured = measure(config, predicted)
-        source = torch.cuda.get_device_name(config.device)
-    draw(config, predicted, measured, source)
+        findings, measured, delay = measure(config, predicted)
+        source = f"on an {torch.cuda.get_device_name(config.device)}"
+    draw(config, predicted, predict(config, delay), measured, source)
     return findings
 
 

@@ -301,6 +301,22 @@ def useful_operations(planes: int, length: int, causal: bool) -> float:
     return 4 * planes * length**2 * DIM / (2 if causal else 1)
 
 
+def copied_bytes(planes: int, length: int, causal: bool) -> float:
+    """Keys and values of every block of every tile, and the queries."""
+    a_head = length // SIZE
+    blocks = planes * (a_head * (a_head + 1) // 2 if causal else a_head**2)
+    return (blocks * 2 * KEYS + planes * length) * DIM * 2
+
+
+def lost_in_a_block(
+    cycles: float, planes: int, length: int, causal: bool, programs: int, step: str = "copies ahead"
+) -> float:
+    """The delay in every block that explains a launch's cycles; of a step that hides no delay."""
+    setting = (step, planes, length, causal, programs)
+    without, with_one = (kernel_cycles(*setting, delay=delay) for delay in (0.0, 1.0))
+    return (cycles - without) / (with_one - without)
+
+
 def main() -> None:
     products = 2 * Costs.of(SIZE).product
     print(f"128 queries, 128 keys: cycles, and the share of them that is products ({products:.0f})")

@@ -20,7 +20,9 @@ from implementations.attention.pipeline import (
     Line,
     Moment,
     Multiprocessor,
+    copied_bytes,
     kernel_cycles,
+    lost_in_a_block,
     simulate,
     useful_operations,
 )
@@ -126,6 +128,19 @@ def test_whole_launches_by_hand():
 def test_useful_operations_of_two_products():
     assert useful_operations(3, 256, causal=False) == 3 * 2 * (2 * 256 * 256 * 128)
     assert useful_operations(3, 256, causal=True) == 3 * 2 * (256 * 256 * 128)
+
+
+def test_bytes_of_two_tiles_by_hand():
+    """Queries once; the first tile sees one block of keys and values when causal, else both two."""
+    block = 128 * 128 * 2
+    assert copied_bytes(1, 256, causal=True) == (2 + 2 * 3) * block
+    assert copied_bytes(5, 256, causal=False) == 5 * (2 + 2 * 4) * block
+
+
+def test_the_delay_that_explains_a_launch_is_found():
+    for setting in ((16, 4096, True, 132), (3, 1024, False, 5)):
+        cycles = kernel_cycles("copies ahead", *setting, delay=250.0)
+        assert lost_in_a_block(cycles, *setting) == pytest.approx(250.0)
 
 
 def test_every_step_but_the_last_is_a_kernel():

@@ -36,7 +36,9 @@ from implementations.attention.pipeline import (
     STEPS,
     Costs,
     Line,
+    copied_bytes,
     kernel_cycles,
+    lost_in_a_block,
     simulate,
     useful_operations,
 )
@@ -197,11 +199,12 @@ def measure(config: Config, predicted: Shares) -> tuple[list[Finding], dict[str,
         cycles = {name: timings.median(name) * hertz for name in calls}
         planes = shape[0] * HEADS
         useful = useful_operations(planes, length, causal)
-        kernels[case] = cycles["copies ahead"]
+        if not causal:
+            kernels[length] = cycles["copies ahead"]
         shares[case] = {
             name: useful / (cycles[name] * config.programs * PRODUCTS) for name in (*STEPS, "cuDNN")
         }
-        rate = bytes_copied(planes, length, causal) / (cycles["copies"] * config.programs)
+        rate = copied_bytes(planes, length, causal) / (cycles["copies"] * config.programs)
         findings += [
             Finding(f"{case}: clock", hertz / 1e9, "GHz"),
             Finding(f"{case}: copies alone, of each multiprocessor", rate, "bytes/cycle"),
@@ -224,7 +227,10 @@ def measure(config: Config, predicted: Shares) -> tuple[list[Finding], dict[str,
                 spread=timings.spread("in pairs", "cuDNN"),
             )
         )
-    delay = lost_in_a_block(config, kernels)
+    longest = max(config.lengths)
+    delay = lost_in_a_block(
+        kernels[longest], HEADS * config.tokens // longest, longest, False, config.programs
+    )
     findings.append(Finding(DELAY, delay, "cycles"))
     expected = predict(config, delay)
     for step in list(STEPS)[2:]:
@@ -236,21 +242,6 @@ def measure(config: Config, predicted: Shares) -> tuple[list[Finding], dict[str,
         claim = f"{step}: cases in the range that this loss predicts, of {len(expected)}"
         findings.append(Finding(claim, inside))
     return findings + waiting(config), shares, delay
-
-
-def lost_in_a_block(config: Config, kernels: dict[str, float]) -> float:
-    """What a block takes beyond its prediction where nothing overlaps but the copies."""
-    case, (length, causal) = max(cases(config).items(), key=lambda item: (not item[1][1], item[1]))
-    setting = ("copies ahead", HEADS * config.tokens // length, length, causal, config.programs)
-    without, with_one = (kernel_cycles(*setting, delay=delay) for delay in (0.0, 1.0))
-    return (kernels[case] - without) / (with_one - without)
-
-
-def bytes_copied(planes: int, length: int, causal: bool) -> float:
-    """Keys and values of every block of every tile, and the queries."""
-    a_head = length // SIZE
-    blocks = planes * (a_head * (a_head + 1) // 2 if causal else a_head**2)
-    return (blocks * 2 * KEYS + planes * length) * DIM * 2
 
 
 def waiting(config: Config) -> list[Finding]:

@@ -143,7 +143,7 @@ def variants() -> Iterator[Variant]:
     integers = ("rows", "width", "gate_stride", "expand_stride", "gradient_stride")
     types = dict.fromkeys(names, "*bf16") | dict.fromkeys(integers, "i32")
     shape = {"WIDE": tl.float32, "BACKWARD": True, "ROWS": tiles.rows, "BLOCK": tiles.block}
-    yield Variant("backward", swiglu_kernel, types, shape, WARPS)
+    yield Variant("backward", swiglu_kernel, types, shape, WARPS, capabilities=(90,))
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ from implementations.attention.vendor import attention_sdpa
 from implementations.lab.findings import Finding, at_least, equals, within
 from implementations.lab.script import run
 from implementations.lab.timing import time_interleaved
-from implementations.models.decoder import LLAMA_NAMES, SMOLLM2, Decoder, DecoderConfig
-from implementations.models.parameter_names import to_published
+from implementations.models.decoder import SMOLLM2, Decoder, DecoderConfig
+from implementations.models.llama_in_transformers import llama_in_transformers
 from implementations.serving.kv_cache import CachedDecoder, KeyValueCache
 from implementations.serving.static_cache import StaticDecoder
 from implementations.serving.weight_layout import store_for_decoding
@@ -238,32 +238,9 @@ def measured(config: Config) -> list[Finding]:
 
 def against_transformers(config: Config, decoder: Decoder) -> list[Finding]:
     """One text, greedy, ours and transformers' generate in turn: same weights, float32, kernel."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = decoder.config
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocabulary,
-            hidden_size=shape.width,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.key_value_heads,
-            intermediate_size=shape.hidden,
-            max_position_embeddings=shape.positions,
-            rms_norm_eps=shape.epsilon,
-            rope_theta=shape.rotary_base,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).eval()
-    state = {name: x.contiguous() for name, x in decoder.state_dict().items()}
-    theirs.load_state_dict(to_published(state, LLAMA_NAMES), strict=False)
-    theirs.tie_weights()
+    shape, theirs = decoder.config, llama_in_transformers(decoder)
     plain = Decoder(shape, attention_sdpa).eval()
-    plain.load_state_dict(state)
+    plain.load_state_dict({name: x.contiguous() for name, x in decoder.state_dict().items()})
     prompt = torch.randint(1, shape.vocabulary, (1, 16))
 
     def ours(decoder: Decoder) -> Callable[[Tensor], Tensor]:

@@ -24,14 +24,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from implementations.attention.paged import attention_paged
 from implementations.lab.findings import Finding, at_least
 from implementations.lab.script import run
-from implementations.models.decoder import LLAMA_NAMES, SMOLLM2, Decoder, DecoderConfig
-from implementations.models.parameter_names import to_published
+from implementations.models.decoder import SMOLLM2, Decoder, DecoderConfig
+from implementations.models.llama_in_transformers import llama_in_transformers
 from implementations.serving.engine import Engine, Generation, Parameters
 
 
@@ -86,31 +86,6 @@ def decoder_of(config: Config, shape: DecoderConfig) -> tuple[Decoder, Callable]
 
     kernels = {"norm": rms_norm_triton, "rotate": rotate_half_split_triton, "gated": swiglu_triton}
     return Decoder(shape, **kernels).to(config.device, dtype).eval(), attention_paged_triton
-
-
-def in_transformers(decoder: Decoder) -> LlamaForCausalLM:
-    """The same model in transformers."""
-    shape, weight = decoder.config, decoder.embedding.weight
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocabulary,
-            hidden_size=shape.width,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.key_value_heads,
-            intermediate_size=shape.hidden,
-            max_position_embeddings=shape.positions,
-            rms_norm_eps=shape.epsilon,
-            rope_theta=shape.rotary_base,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-        )
-    ).to(weight.device, weight.dtype)
-    theirs.load_state_dict(to_published(decoder.state_dict(), LLAMA_NAMES), strict=False)
-    theirs.tie_weights()
-    theirs.generation_config.eos_token_id = None
-    theirs.generation_config.pad_token_id = 0
-    return theirs.eval()
 
 
 def static_batches(theirs: LlamaForCausalLM, work: Work, size: int) -> None:
@@ -185,7 +160,7 @@ def main(config: Config) -> list[Finding]:
         attention=attention,
         graphs=config.device != "cpu",
     )
-    theirs, tokens = in_transformers(decoder), sum(answer for _, answer in work)
+    theirs, tokens = llama_in_transformers(decoder), sum(answer for _, answer in work)
     times: dict[str, list[float]] = {"engine": []}
     serve(engine, work)
     for _ in range(config.rounds):

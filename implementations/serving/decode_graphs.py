@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implementations.models.decoder import Decoder
+from implementations.serving.block_manager import Text
 from implementations.serving.paged_cache import Batch, Group, PagedCache
 from implementations.serving.scheduler import Chunk
 
@@ -47,36 +48,33 @@ class DecodeGraphs:
         if device.type != "cuda":
             raise ValueError(f"CUDA graphs need a GPU, the decoder is on {device.type}")
         self.decoder, self.cache = decoder, cache
-        entries = -(-longest // cache.page)
-        self.row = torch.zeros(3, batch, dtype=torch.long, device=device)
-        self.lengths = torch.ones(batch, dtype=torch.int32, device=device)
-        self.table = torch.zeros(batch, entries, dtype=torch.int32, device=device)
+        self.row = torch.zeros(2, batch, dtype=torch.long, device=device)  # tokens and positions
+        self.tables = Tables(batch, -(-longest // cache.page), cache.spare, device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.fill([], batch)
         for size in reversed(sizes(batch)):  # the largest first: the others fit into its memory
             self.capture(size)
+
+    def forward(self, size: int) -> Float[Tensor, "text vocabulary"]:
+        """The pass over `size` texts, from what `fill` has left on the device."""
+        (tokens, positions), table = self.row[:, :size], self.tables.table[:size]
+        rows, page = torch.arange(size, device=table.device), self.cache.page
+        slots = table[rows, positions // page] * page + positions % page
+        group = Group(slice(size), table, (positions + 1).int())
+        batch = Batch(tokens[None], positions, slots, [group], slice(size), rows, longest=size)
+        return self.decoder.logits(self.decoder.hidden(batch.tokens, self.cache.of(batch))[0])
 
     @torch.no_grad()
     def capture(self, size: int) -> None:
         """Record the pass over `size` texts."""
-        group = Group(0, size, self.table[:size], self.lengths[:size])
-        tokens, positions, slots = self.row[:, :size]
-        ends = torch.arange(size, device=self.row.device)
-        batch = Batch(tokens[None], positions, slots, [group], ends, longest=size)
-        cache = self.cache.of(batch)
-
-        def forward() -> Tensor:
-            return self.decoder.logits(self.decoder.hidden(batch.tokens, cache)[0])
-
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            forward()  # compiles kernels and makes workspaces, which a capture must not
+            self.forward(size)  # compiles kernels and makes workspaces, which a capture must not
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
         with torch.cuda.graph(graph, pool=pool):
-            logits = forward()
+            logits = self.forward(size)
         self.graphs[size] = graph, logits
 
     def __call__(self, chunks: Sequence[Chunk]) -> Float[Tensor, "text vocabulary"]:
@@ -89,24 +87,43 @@ class DecodeGraphs:
 
     def fill(self, chunks: Sequence[Chunk], size: int) -> None:
         """Copy what the graph reads: the chunks, and texts of one token in the spare block."""
-        page, left = self.cache.page, size - len(chunks)
+        left = [0] * (size - len(chunks))
         places = [chunk.start for chunk in chunks]
-        tables = [chunk.request.text.table for chunk in chunks]
-        tokens = [c.request.tokens[place] for c, place in zip(chunks, places, strict=True)]
-        slots = [
-            table[place // page] * page + place % page
-            for table, place in zip(tables, places, strict=True)
-        ]
-        spare = self.cache.spare
-        entries = max(map(len, tables), default=1)
-        tables = [table + [0] * (entries - len(table)) for table in tables]
-        tables += [[spare] + [0] * (entries - 1)] * left
-        row = [tokens + [0] * left, places + [0] * left, slots + [spare * page] * left]
-        lengths = [place + 1 for place in places] + [1] * left
-        self.row[:, :size] = torch.tensor(row).to(self.row.device)
-        self.lengths[:size] = torch.tensor(lengths, dtype=torch.int32).to(self.row.device)
-        made = torch.tensor(tables, dtype=torch.int32).to(self.row.device)
-        self.table[:size, :entries] = made
+        tokens = [chunk.request.tokens[chunk.start] for chunk in chunks]
+        self.row[:, :size] = torch.tensor([tokens + left, places + left])
+        self.tables.fill([chunk.request.text for chunk in chunks], size)
+
+
+class Tables:
+    """Block tables on the device. Few change from pass to pass, so only those are written anew, in
+    a copy on the host that travels as a whole.
+
+    Args:
+        batch: how many texts there are at most.
+        entries: of the longest text's table.
+        spare: the block of places left over.
+        device: where the tables are read.
+    """
+
+    def __init__(self, batch: int, entries: int, spare: int, device: torch.device):
+        self.host = torch.full((batch, entries), spare, dtype=torch.int32)
+        if device.type == "cuda":
+            self.host = self.host.pin_memory()
+        self.table, self.spare = self.host.to(device), spare
+        self.written: list[tuple[Text | None, int, int]] = [(None, 1, spare)] * batch
+
+    def fill(self, texts: Sequence[Text], size: int) -> None:
+        """The first rows are those of the texts, the rest up to `size` the spare block's."""
+        rows = self.host.numpy()
+        left = [None] * (size - len(texts))
+        for row, text in enumerate([*texts, *left]):
+            table = [self.spare] if text is None else text.table
+            # A table only grows, but for its last block, which is copied when it was shared.
+            now = text, len(table), table[-1]
+            if now != self.written[row]:
+                rows[row, : len(table)] = table
+                self.written[row] = now
+        self.table[:size] = self.host[:size]
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ On a GPU:
 Run     uv run python weeks/05_kv_cache/engine_speed.py
 
     uv run python weeks/05_kv_cache/engine_speed.py --device cuda --dtype bfloat16 --layers 30 \
-        --requests 256 --prompts 32 512 --answers 32 512 --static 64 128 256 --rounds 3
+        --requests 256 --prompts 32 512 --answers 32 512 --static 64 128 256 --rounds 5
 """
 
 import statistics

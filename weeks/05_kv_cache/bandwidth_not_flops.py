@@ -23,6 +23,7 @@ Run     uv run python weeks/05_kv_cache/bandwidth_not_flops.py
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from implementations.attention.rotary_table import RotaryTable
 from implementations.attention.vendor import attention_sdpa
 from implementations.lab.findings import Finding, at_least, equals, within
 from implementations.lab.script import run
@@ -170,7 +172,8 @@ def timed_decoder(config: Config) -> Decoder:
     if config.device == "cpu":
         shape = replace(SMOLLM2, layers=config.layers)
         whole = config.layers == SMOLLM2.layers
-        decoder = Decoder.from_smollm2(attention_sdpa) if whole else Decoder(shape, attention_sdpa)
+        make = Decoder.from_smollm2 if whole else partial(Decoder, shape)
+        decoder = make(attention_sdpa, rotate=rotary_table(shape))
         store_for_decoding(decoder)
         return decoder.eval()
     from implementations.attention.positions_triton import rotate_half_split_triton
@@ -184,6 +187,10 @@ def timed_decoder(config: Config) -> Decoder:
     for parameter in decoder.parameters():
         parameter.normal_(std=0.02)
     return decoder.eval()
+
+
+def rotary_table(shape: DecoderConfig) -> RotaryTable:
+    return RotaryTable(shape.positions, shape.width // shape.heads, shape.rotary_base)
 
 
 def one_step(config: Config, decoder: Decoder, batch: int) -> Callable[[Tensor], Tensor]:
@@ -239,7 +246,7 @@ def measured(config: Config) -> list[Finding]:
 def against_transformers(config: Config, decoder: Decoder) -> list[Finding]:
     """One text, greedy, ours and transformers' generate in turn: same weights, float32, kernel."""
     shape, theirs = decoder.config, llama_in_transformers(decoder)
-    plain = Decoder(shape, attention_sdpa).eval()
+    plain = Decoder(shape, attention_sdpa, rotate=rotary_table(shape)).eval()
     plain.load_state_dict({name: x.contiguous() for name, x in decoder.state_dict().items()})
     prompt = torch.randint(1, shape.vocabulary, (1, 16))
 

@@ -176,13 +176,10 @@ def timed_decoder(config: Config) -> Decoder:
         decoder = make(attention_sdpa, rotate=rotary_table(shape))
         store_for_decoding(decoder)
         return decoder.eval()
-    from implementations.attention.positions_triton import rotate_half_split_triton
-    from implementations.layers.feed_forward_triton import swiglu_triton
-    from implementations.layers.rms_norm_triton import rms_norm_triton
+    from implementations.models.decoder_triton import decoder_triton
 
-    kernels = {"norm": rms_norm_triton, "rotate": rotate_half_split_triton, "gated": swiglu_triton}
     with torch.device("meta"):
-        decoder = Decoder(MODELS["Llama 3 8B"], attention_sdpa, **kernels)
+        decoder = decoder_triton(MODELS["Llama 3 8B"], attention_sdpa)
     decoder = decoder.to(torch.bfloat16).to_empty(device=config.device)
     for parameter in decoder.parameters():
         parameter.normal_(std=0.02)

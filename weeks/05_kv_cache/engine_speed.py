@@ -16,7 +16,7 @@ On a GPU:
 Run     uv run python weeks/05_kv_cache/engine_speed.py
 
     uv run python weeks/05_kv_cache/engine_speed.py --device cuda --dtype bfloat16 --layers 30 \
-        --requests 256 --prompts 32 512 --answers 32 512 --static 64 128 256 --rounds 5
+        --requests 256 --prompts 32 512 --answers 32 512 --static 128 256 --rounds 5
 """
 
 import statistics
@@ -83,12 +83,9 @@ def decoder_of(config: Config, shape: DecoderConfig) -> tuple[Decoder, Callable]
     if config.device == "cpu":
         return Decoder(shape).to(dtype).eval(), attention_paged
     from implementations.attention.paged_triton import attention_paged_triton
-    from implementations.attention.positions_triton import rotate_half_split_triton
-    from implementations.layers.feed_forward_triton import swiglu_triton
-    from implementations.layers.rms_norm_triton import rms_norm_triton
+    from implementations.models.decoder_triton import decoder_triton
 
-    kernels = {"norm": rms_norm_triton, "rotate": rotate_half_split_triton, "gated": swiglu_triton}
-    return Decoder(shape, **kernels).to(config.device, dtype).eval(), attention_paged_triton
+    return decoder_triton(shape).to(config.device, dtype).eval(), attention_paged_triton
 
 
 def static_batches(config: Config, theirs: LlamaForCausalLM, work: Work, size: int) -> None:
@@ -160,7 +157,6 @@ def best_size(config: Config, theirs: LlamaForCausalLM) -> tuple[int, dict[int, 
     return max(rates, key=rates.get), rates
 
 
-@torch.no_grad()
 def main(config: Config) -> list[Finding]:
     logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -171,7 +167,7 @@ def main(config: Config) -> list[Finding]:
         blocks=config.requests * (1 + -(-longest // config.page)),
         page=config.page,
         batch=config.requests,
-        budget=max(8192, config.requests),
+        budget=max(32768, config.requests),
         longest=longest,
         attention=attention,
         graphs=config.device != "cpu",

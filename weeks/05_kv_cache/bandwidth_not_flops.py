@@ -295,13 +295,20 @@ def draw(points: list[tuple[int, Step, float]], here: Ceilings) -> None:
     for batch, work, seconds in points:
         left.loglog(work.intensity, work.operations / seconds / 1e9, "C1s")
         left.annotate(f" {batch}", (work.intensity, work.operations / seconds / 1e9), va="top")
-    left.set(title="roofline, by texts in a batch", xlabel="operations a byte", ylabel="GFLOP/s")
+    left.set(
+        title="the roofline, and the timed decoder by texts in a batch",
+        xlabel="operations a byte",
+        ylabel="GFLOP/s",
+    )
     batches = [batch for batch, _, _ in points]
     allowed = [batch / work.seconds(here) for batch, work, _ in points]
     right.loglog(batches, allowed, "k--", label="what the formulas allow")
     right.loglog(batches, [batch / seconds for batch, _, seconds in points], "C1s-", label="timed")
     right.set_xticks(batches, [str(batch) for batch in batches])
     right.xaxis.minorticks_off()
+    for axis in (left.xaxis, left.yaxis, right.yaxis):
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_formatter("")
     right.set(xlabel="texts in a batch", ylabel="tokens a second")
     right.legend()
 

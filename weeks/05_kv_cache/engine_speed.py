@@ -1,21 +1,21 @@
 """How many tokens a second does the engine write, next to transformers and next to the memory?
 
 Requests of mixed lengths, all there at the start, through the engine and through transformers'
-`generate` with a static cache at each of several batch sizes: prompts filled up on the left to the
-longest, every batch written to the longest answer. The weights are random, in SmolLM2's shape:
-nobody reads these texts, and each has the length that was asked for. Tokens count that were asked
-for.
+`generate` with a static cache: prompts filled up on the left to the longest, every batch written to
+the longest answer, so that one compilation serves all batches of a size. The best size is found on
+one batch of each; with it all requests are served, in turn with the engine. Prompts are new every
+time: none is known from before. The weights are random, in SmolLM2's shape: nobody reads these
+texts, and each has the length that was asked for. Tokens count that were asked for.
 
 The bound: a pass reads every weight once and every key and value of its texts once. Those bytes,
 at the speed at which this machine copies, are the least time that decoding can take.
 
 Expected: a static batch reads keys for places that hold none and goes on until its longest text
-ends, so continuous batching wins several times over; small kernels stay far from the bound.
-On a GPU:
+ends, so continuous batching wins several times over; small kernels stay far from the bound. Goal on
+a GPU: 3 times transformers' best batch size.
 
 Run     uv run python weeks/05_kv_cache/engine_speed.py
-
-    uv run python weeks/05_kv_cache/engine_speed.py --device cuda --dtype bfloat16 --layers 30 \
+        uv run python weeks/05_kv_cache/engine_speed.py --device cuda --dtype bfloat16 --layers 30
         --requests 256 --prompts 32 512 --answers 32 512 --static 128 256 --rounds 5
 """
 
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import matplotlib.pyplot as plt
 import torch
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
@@ -187,13 +188,15 @@ def main(config: Config) -> list[Finding]:
         print(f"round {turn}: engine {ours[-1]:,.0f}, transformers {peer[-1]:,.0f} tokens/s")
     ratios = [a / b for a, b in zip(ours, peer, strict=True)]
     rate = statistics.median(ours)
+    drawn = sampled | {size: statistics.median(peer)}
+    draw({"engine": rate} | {f"transformers,\nbatches of {n}": r for n, r in drawn.items()})
     bound = tokens * copy_speed(config.device) / least_bytes(engine, work, passes)
     return [
         Finding(
             "the engine writes, times transformers' best static batch,",
             statistics.median(ratios),
             "x",
-            goal=at_least(3.0),
+            goal=None if config.device == "cpu" else at_least(3.0),
             spread=(max(ratios) - min(ratios)) / 2,
         ),
         Finding("the engine writes", rate, "tokens/s"),
@@ -205,6 +208,15 @@ def main(config: Config) -> list[Finding]:
         Finding("passes of the engine", passes),
         Finding("of the bandwidth bound the engine reaches", rate / bound),
     ]
+
+
+def draw(rates: dict[str, float]) -> None:
+    _, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    bars = axes.bar(list(rates), list(rates.values()))
+    axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates.values()], fontsize=8)
+    axes.margins(y=0.12)
+    axes.set_ylabel("tokens a second that were asked for")
+    axes.set_title("The same requests of mixed lengths", fontsize=10)
 
 
 if __name__ == "__main__":

@@ -162,13 +162,12 @@ def main(config: Config) -> list[Finding]:
 
 
 def draw(drawn: dict[str, dict[int, float]]) -> None:
-    _, axes = plt.subplots(figsize=(6, 3.4))
+    _, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     for dtype, apart in drawn.items():
-        axes.plot(list(apart), [max(value, 1e-8) for value in apart.values()], "o-", label=dtype)
-    axes.set(xscale="log", yscale="log", xlabel="rows in the batch")
-    axes.set_xticks(list(next(iter(drawn.values()))), list(next(iter(drawn.values()))))
-    axes.set_ylabel("largest difference of a logit from alone")
-    axes.set_title("The same prompt in company (no difference is drawn at 1e-8)", fontsize=10)
+        axes.plot([str(batch) for batch in apart], list(apart.values()), "o-", label=dtype)
+    axes.set_yscale("symlog", linthresh=1e-6)
+    axes.set(xlabel="texts in the batch", ylabel="largest difference of a logit")
+    axes.set_title("The same prompt, token by token, against itself alone", fontsize=10)
     axes.legend()
 
 

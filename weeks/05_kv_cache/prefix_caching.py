@@ -143,14 +143,15 @@ def main(config: Config) -> list[Finding]:
 
 
 def draw(first: tuple[float, int], later: list[tuple[float, int]]) -> None:
-    _, axes = plt.subplots(figsize=(6, 3.2))
+    _, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     seconds = [first[0], *(seconds for seconds, _ in later)]
     bars = axes.bar(range(1, len(seconds) + 1), seconds)
     counts = [first[1], *(count for _, count in later)]
-    axes.bar_label(bars, [f"{count} tokens read" for count in counts], fontsize=8)
+    axes.bar_label(bars, [f"{count:,}" for count in counts], fontsize=8)
+    axes.margins(y=0.12)
     axes.set_xticks(range(1, len(seconds) + 1))
     axes.set(xlabel="request", ylabel="seconds to the first token")
-    axes.set_title("The same long system prompt, again and again")
+    axes.set_title("The same long system prompt again and again: tokens read", fontsize=10)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
-import torch
 
 from implementations.attention.vendor import attention_sdpa
 from implementations.lab.findings import Finding, equals

@@ -173,7 +173,7 @@ def timed_decoder(config: Config) -> Decoder:
         shape = replace(SMOLLM2, layers=config.layers)
         whole = config.layers == SMOLLM2.layers
         make = Decoder.from_smollm2 if whole else partial(Decoder, shape)
-        decoder = make(attention_sdpa, rotate=rotary_table(shape))
+        decoder = make(attention_sdpa, **torch_parts(shape))
         store_for_decoding(decoder)
         return decoder.eval()
     from implementations.models.decoder_triton import decoder_triton
@@ -186,8 +186,14 @@ def timed_decoder(config: Config) -> Decoder:
     return decoder.eval()
 
 
-def rotary_table(shape: DecoderConfig) -> RotaryTable:
-    return RotaryTable(shape.positions, shape.width // shape.heads, shape.rotary_base)
+def torch_parts(shape: DecoderConfig) -> dict[str, Callable[..., Tensor]]:
+    """For a CPU: angles that are computed once, and torch's norm in one call."""
+
+    def norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
+        return torch.nn.functional.rms_norm(x, scale.shape, scale, epsilon)
+
+    table = RotaryTable(shape.positions, shape.width // shape.heads, shape.rotary_base)
+    return {"rotate": table, "norm": norm}
 
 
 def one_step(config: Config, decoder: Decoder, batch: int) -> Callable[[Tensor], Tensor]:
@@ -243,16 +249,19 @@ def measured(config: Config) -> list[Finding]:
 def against_transformers(config: Config, decoder: Decoder) -> list[Finding]:
     """One text, greedy, ours and transformers' generate in turn: same weights, float32, kernel."""
     shape, theirs = decoder.config, llama_in_transformers(decoder)
-    plain = Decoder(shape, attention_sdpa, rotate=rotary_table(shape)).eval()
+    plain = Decoder(shape, attention_sdpa, **torch_parts(shape)).eval()
     plain.load_state_dict({name: x.contiguous() for name, x in decoder.state_dict().items()})
     prompt = torch.randint(1, shape.vocabulary, (1, 16))
 
     def ours(decoder: Decoder) -> Callable[[Tensor], Tensor]:
         cache = decoder.empty_cache(1, 16 + config.written)
 
+        def last(tokens: Tensor, cache: KeyValueCache) -> Tensor:  # as theirs, of a prompt too
+            return decoder.logits(decoder.hidden(tokens, cache)[:, -1:])
+
         def write(prompt: Tensor) -> Tensor:
             cache.truncate(0)
-            return generate(CachedDecoder(decoder, cache), prompt, config.written)
+            return generate(CachedDecoder(last, cache), prompt, config.written)
 
         return write
 

@@ -37,6 +37,8 @@ def attention_sdpa(
         ValueError: causal with more queries than keys.
     """
     queries, keys = query.shape[-2], key.shape[-2]
+    if queries == 1 <= keys:  # the last query sees all: no mask to make and to add
+        causal = False
     if causal and (mask is not None or queries != keys):
         past = ~future(queries, keys, query.device)
         if mask is None:

@@ -247,14 +247,18 @@ class Decoder(nn.Module):
         )
 
     @classmethod
-    def from_smollm2(cls, attention: Callable[..., Tensor] = attention_naive) -> "Decoder":
+    def from_smollm2(
+        cls, attention: Callable[..., Tensor] = attention_naive, **parts: Callable[..., Tensor]
+    ) -> "Decoder":
         """SmolLM2-135M-Instruct from its packaged 4-bit file, in float32. Apache-2.0.
+
+        `parts` are other functions, as the class takes them.
 
         The file keeps queries and keys in the interleaved rotary layout; they are reordered for the
         half-split one. Read without that, the model still writes words, and loses the thread.
         """
         with torch.device("meta"):
-            decoder = cls(SMOLLM2, attention)
+            decoder = cls(SMOLLM2, attention, **parts)
         weights = from_published(smollm2_weights(), decoder.state_dict(), GGUF_NAMES)
         heads = {"query": SMOLLM2.heads, "key": SMOLLM2.key_value_heads}
         for name in weights:

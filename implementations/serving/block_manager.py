@@ -111,8 +111,9 @@ class BlockManager:
         text.table += [self.take() for _ in range(missing)]
         text.tokens += tokens
         full = len(text.digests)
-        text.digests = self.digests(text.tokens, text.digests)
-        self.register(text, full)
+        if len(text.tokens) // self.page > full:
+            text.digests = self.digests(text.tokens, text.digests)
+            self.register(text, full)
         return copies
 
     def fork(self, text: Text) -> Text:
@@ -178,7 +179,7 @@ class BlockManager:
 
     def register(self, text: Text, first: int) -> None:
         """Make full blocks findable from the first new one on; of equal blocks one is enough."""
-        for digest, block in list(zip(text.digests, text.table, strict=False))[first:]:
+        for digest, block in zip(text.digests[first:], text.table[first:], strict=False):
             if digest not in self.found:
                 self.found[digest], self.digest[block] = block, digest
 

@@ -5,6 +5,11 @@ of one size, so it is captured once and replayed: new tokens, positions and tabl
 the memory that the graph reads. There is a graph for each of a few sizes; a batch takes the next
 larger one, its places left over filled with texts of one token in the cache's spare block.
 
+A few tokens of a prompt go the same way. Each is a text of its own that ends there: all keys of a
+layer are written before any query looks, so it finds its neighbours' keys in the blocks of their
+table. Keys are then read once for each token and not once for a tile of them, which is little
+beside the launches as long as the chunk is short.
+
 Paper   NVIDIA, CUDA C++ Programming Guide, section CUDA Graphs; PyTorch's torch.cuda.CUDAGraph
 Run     uv run python implementations/serving/decode_graphs.py
 """
@@ -16,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implementations.models.decoder import Decoder
+from implementations.serving.block_manager import Text
 from implementations.serving.paged_cache import Batch, Group, PagedCache
 from implementations.serving.scheduler import Chunk
 
@@ -30,83 +36,105 @@ def sizes(most: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Logits of texts that read one token each, by replaying a captured pass.
+    """Logits after the last token of each chunk, by replaying a captured pass.
 
     Args:
         decoder: on a GPU.
         cache: its pages, with an attention function that can be captured.
-        batch: how many texts there are at most.
+        most: how many tokens a pass reads at most.
         longest: the longest text.
 
     Raises:
         ValueError: the decoder is not on a GPU.
     """
 
-    def __init__(self, decoder: Decoder, cache: PagedCache, batch: int, longest: int):
+    def __init__(self, decoder: Decoder, cache: PagedCache, most: int, longest: int):
         device = cache.pages.device
-        if device.type != "cuda":
-            raise ValueError(f"CUDA graphs need a GPU, the decoder is on {device.type}")
-        self.decoder, self.cache = decoder, cache
-        entries = -(-longest // cache.page)
-        self.row = torch.zeros(3, batch, dtype=torch.long, device=device)
-        self.lengths = torch.ones(batch, dtype=torch.int32, device=device)
-        self.table = torch.zeros(batch, entries, dtype=torch.int32, device=device)
+        self.decoder, self.cache, self.most = decoder, cache, most
+        self.row = torch.zeros(2, most, dtype=torch.long, device=device)  # tokens and positions
+        self.tables = Tables(most, -(-longest // cache.page), cache.spare, device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.fill([], batch)
-        for size in reversed(sizes(batch)):  # the largest first: the others fit into its memory
+        for size in reversed(sizes(most)):  # the largest first: the others fit into its memory
             self.capture(size)
+
+    def forward(self, size: int) -> Float[Tensor, "text vocabulary"]:
+        """The pass over `size` tokens, from what `fill` has left on the device."""
+        (tokens, positions), table = self.row[:, :size], self.tables.table[:size]
+        rows, page = torch.arange(size, device=table.device), self.cache.page
+        slots = table[rows, positions // page] * page + positions % page
+        group = Group(slice(size), table, (positions + 1).int())
+        batch = Batch(tokens[None], positions, slots, [group], slice(size), rows, longest=size)
+        return self.decoder.logits(self.decoder.hidden(batch.tokens, self.cache.of(batch))[0])
 
     @torch.no_grad()
     def capture(self, size: int) -> None:
-        """Record the pass over `size` texts."""
-        group = Group(0, size, self.table[:size], self.lengths[:size])
-        tokens, positions, slots = self.row[:, :size]
-        ends = torch.arange(size, device=self.row.device)
-        batch = Batch(tokens[None], positions, slots, [group], ends, longest=size)
-        cache = self.cache.of(batch)
-
-        def forward() -> Tensor:
-            return self.decoder.logits(self.decoder.hidden(batch.tokens, cache)[0])
-
+        """Record the pass over `size` tokens."""
+        if not self.row.is_cuda:
+            raise ValueError(f"CUDA graphs need a GPU, the decoder is on {self.row.device}")
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            forward()  # compiles kernels and makes workspaces, which a capture must not
+            self.forward(size)  # compiles kernels and makes workspaces, which a capture must not
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
         with torch.cuda.graph(graph, pool=pool):
-            logits = forward()
+            logits = self.forward(size)
         self.graphs[size] = graph, logits
 
     def __call__(self, chunks: Sequence[Chunk]) -> Float[Tensor, "text vocabulary"]:
-        """Logits after each text's token; they are overwritten by the next call."""
-        size = min(size for size in self.graphs if size >= len(chunks))
-        self.fill(chunks, size)
+        """Logits after each chunk's last token; they are overwritten by the next call."""
+        counts = [end - start for _, start, end in chunks]
+        count = sum(counts)
+        size = min(size for size in self.graphs if size >= count)
+        self.fill(chunks, size - count)
         graph, logits = self.graphs[size]
         graph.replay()
-        return logits[: len(chunks)]
+        if count == len(chunks):
+            return logits[:count]
+        ends = torch.tensor(counts).cumsum(0) - 1
+        return logits[ends.to(logits.device)]
 
-    def fill(self, chunks: Sequence[Chunk], size: int) -> None:
-        """Copy what the graph reads: the chunks, and texts of one token in the spare block."""
-        page, left = self.cache.page, size - len(chunks)
-        places = [chunk.start for chunk in chunks]
-        tables = [chunk.request.text.table for chunk in chunks]
-        tokens = [c.request.tokens[place] for c, place in zip(chunks, places, strict=True)]
-        slots = [
-            table[place // page] * page + place % page
-            for table, place in zip(tables, places, strict=True)
-        ]
-        spare = self.cache.spare
-        entries = max(map(len, tables), default=1)
-        tables = [table + [0] * (entries - len(table)) for table in tables]
-        tables += [[spare] + [0] * (entries - 1)] * left
-        row = [tokens + [0] * left, places + [0] * left, slots + [spare * page] * left]
-        lengths = [place + 1 for place in places] + [1] * left
-        self.row[:, :size] = torch.tensor(row).to(self.row.device)
-        self.lengths[:size] = torch.tensor(lengths, dtype=torch.int32).to(self.row.device)
-        made = torch.tensor(tables, dtype=torch.int32).to(self.row.device)
-        self.table[:size, :entries] = made
+    def fill(self, chunks: Sequence[Chunk], left: int) -> None:
+        """Copy what the graph reads: each token of the chunks as the end of a text, and then as
+        many texts of one token in the spare block as places are left."""
+        tokens = [token for request, start, end in chunks for token in request.tokens[start:end]]
+        places = [place for _, start, end in chunks for place in range(start, end)]
+        texts = [request.text for request, start, end in chunks for _ in range(start, end)]
+        zeros = [0] * left
+        self.row[:, : len(tokens) + left] = torch.tensor([tokens + zeros, places + zeros])
+        self.tables.fill(texts + [None] * left)
+
+
+class Tables:
+    """Block tables on the device. Few change from pass to pass, so only those are written anew, in
+    a copy on the host that travels as a whole.
+
+    Args:
+        most: how many there are.
+        entries: of the longest text's table.
+        spare: the block of places left over.
+        device: where the tables are read.
+    """
+
+    def __init__(self, most: int, entries: int, spare: int, device: torch.device):
+        self.host = torch.full((most, entries), spare, dtype=torch.int32)
+        if device.type == "cuda":
+            self.host = self.host.pin_memory()
+        self.table, self.spare = self.host.to(device), spare
+        self.written: list[tuple[Text | None, int, int]] = [(None, 1, spare)] * most
+
+    def fill(self, texts: Sequence[Text | None]) -> None:
+        """The first rows are those of the texts, or the spare block's where there is none."""
+        rows = self.host.numpy()
+        for row, text in enumerate(texts):
+            table = [self.spare] if text is None else text.table
+            # A table only grows, but for its last block, which is copied when it was shared.
+            now = text, len(table), table[-1]
+            if now != self.written[row]:
+                rows[row, : len(table)] = table
+                self.written[row] = now
+        self.table[: len(texts)] = self.host[: len(texts)]
 
 
 def main() -> None:

@@ -35,6 +35,8 @@ from implementations.serving.paged_cache import Batch, PagedCache
 from implementations.serving.scheduler import Chunk, Request, Scheduler
 from implementations.text.sampling import SamplingSettings, processed
 
+MOST_REPLAYED = 256  # tokens: beyond, the GPU is busy for longer than the launches take
+
 
 @runtime_checkable
 class Constraint(Protocol):
@@ -111,8 +113,8 @@ class Engine:
         longest: the longest text; the model's positions unless given.
         attention: any function with the signature of `attention_paged`.
         decode: makes text of tokens, for stop strings.
-        graphs: capture the passes in which every text reads one token as CUDA graphs, now; needs a
-            GPU, and an attention function that can be captured.
+        graphs: capture passes over few tokens as CUDA graphs, now: as many as texts run at once, or
+            256 if the budget allows; needs a GPU, and an attention function that can be captured.
 
     Raises:
         ValueError: as `PagedCache`, `BlockManager` and `Scheduler`; or graphs without a GPU.
@@ -137,7 +139,8 @@ class Engine:
         self.manager = BlockManager(blocks, page)
         self.scheduler = Scheduler(self.manager, batch, budget, chunk)
         self.cache = PagedCache(decoder, blocks, page, attention)
-        self.graphs = DecodeGraphs(decoder, self.cache, batch, self.longest) if graphs else None
+        most = max(batch, min(budget, MOST_REPLAYED))
+        self.graphs = DecodeGraphs(decoder, self.cache, most, self.longest) if graphs else None
 
     # Requests
 
@@ -277,7 +280,7 @@ class Engine:
     def read(self, chunks: list[Chunk], copies: list) -> Float[Tensor, "text vocabulary"]:
         """The pass: logits after each chunk's last token."""
         self.cache.copy(copies)
-        if self.graphs is not None and chunks[-1].end - chunks[-1].start == 1:
+        if self.graphs is not None and sum(c.end - c.start for c in chunks) <= self.graphs.most:
             return self.graphs(chunks)
         batch = Batch.of(chunks, self.cache.page, self.cache.pages.device)
         hidden = self.decoder.hidden(batch.tokens, self.cache.of(batch))

@@ -3,11 +3,14 @@
     row         the new tokens of all texts, one after another: [1, token]
     positions   where each stands in its own text
     slots       where its keys go: block · page + place in the block
-    groups      texts with equally many new tokens, which attend in one call
+    tiles       1, 2, 4, ... or 64 neighbours of one text, and its table
+    groups      tiles of one size, which attend in one call
 
-Everything but attention works on each token alone, so it takes the row as it is; attention takes
-it group by group, each text with its own table and length. All keys of a pass are written before
-any query of that layer looks, so that a text may share a block that is written in the same pass.
+Everything but attention works on each token alone, so it takes the row as it is. Attention takes
+equally many queries of every text, and prompts differ: they are cut into tiles, the last of which
+overlaps the one before, so that nothing is filled up and seven calls serve any lengths. All keys of
+a pass are written before any query of that layer looks, so that a text may share a block that is
+written in the same pass.
 
 Paper   Kwon et al. 2023, arXiv:2309.06180; Yu et al. 2022, Orca (OSDI '22): selective batching
 Shapes  query, key, value [1, head, token, dim]    pages [block, page, key_head, dim]
@@ -31,12 +34,12 @@ from implementations.serving.scheduler import Chunk
 
 @dataclass
 class Group:
-    """Texts with equally many new tokens, which stand in the row from `start` to `end` - 1."""
+    """Tiles of one size: so many neighbours in a text, the last of which stands at its length."""
 
-    start: int
-    end: int
-    block_table: Int[Tensor, "text entry"]
-    lengths: Int[Tensor, " text"]
+    rows: slice | Int[Tensor, " query"]
+    """where its queries stand in the row, tile by tile"""
+    block_table: Int[Tensor, "tile entry"]
+    lengths: Int[Tensor, " tile"]
 
 
 @dataclass
@@ -47,6 +50,8 @@ class Batch:
     positions: Int[Tensor, " token"]
     slots: Int[Tensor, " token"]
     groups: list[Group]
+    order: slice | Int[Tensor, " token"]
+    """where each token stands among the queries of all groups"""
     ends: Int[Tensor, " text"]
     """the place of each text's last new token in the row"""
     longest: int
@@ -55,31 +60,48 @@ class Batch:
     @classmethod
     def of(cls, chunks: Sequence[Chunk], page: int, device: torch.device) -> "Batch":
         """The chunks, which are in order of their lengths, as one row."""
-        tokens, positions, slots, ends = [], [], [], []
-        groups: dict[int, list[Chunk]] = {}
-        for chunk in chunks:
-            request, start, end = chunk
-            table = request.text.table
-            tokens += request.tokens[start:end]
-            positions += range(start, end)
-            slots += [table[i // page] * page + i % page for i in range(start, end)]
-            ends.append(len(tokens) - 1)
-            groups.setdefault(end - start, []).append(chunk)
-        made, first = [], 0
-        for count, members in groups.items():
-            tables = [chunk.request.text.table for chunk in members]
-            entries = max(map(len, tables))
-            padded = [table + [0] * (entries - len(table)) for table in tables]
-            last = first + count * len(members)
-            block_table = torch.tensor(padded, dtype=torch.int32, device=device)
-            lengths = torch.tensor([c.end for c in members], dtype=torch.int32, device=device)
-            made.append(Group(first, last, block_table, lengths))
-            first = last
-        row, places, where, last = (
-            torch.tensor(values, device=device) for values in (tokens, positions, slots, ends)
+        requests, starts, stops = zip(*chunks, strict=True)
+        tables = [request.text.table for request in requests]
+        entries = max(map(len, tables))
+        table = torch.tensor([row + [0] * (entries - len(row)) for row in tables])
+        tokens = torch.tensor([t for r, start, end in chunks for t in r.tokens[start:end]])
+        start, count = torch.tensor(starts), torch.tensor(stops) - torch.tensor(starts)
+        first = count.cumsum(0) - count  # of each text, in the row
+
+        text = torch.arange(len(chunks)).repeat_interleave(count)
+        place = torch.arange(len(tokens)) - first[text]
+        positions = start[text] + place
+        slots = table[text, positions // page] * page + positions % page
+
+        size = torch.tensor([tile_size(end - start) for _, start, end in chunks])
+        tiles = -(-count // size)
+        whose = torch.arange(len(chunks)).repeat_interleave(tiles)
+        tile = torch.arange(len(whose)) - (tiles.cumsum(0) - tiles)[whose]
+        shift = torch.minimum(tile * size[whose], (count - size)[whose])  # the last may overlap
+        groups = []
+        for queries in size.unique().tolist():
+            group = size[whose] == queries
+            owner, begin = whose[group], shift[group]
+            rows = ((first[owner] + begin)[:, None] + torch.arange(queries)).flatten()
+            lengths = start[owner] + begin + queries
+            tensors = rows, table[owner].int(), lengths.int()
+            groups.append(Group(*(tensor.to(device) for tensor in tensors)))
+        before = (tiles * size).cumsum(0) - tiles * size
+        whole = place // size[text] * size[text]
+        order = before[text] + whole + place - torch.minimum(whole, (count - size)[text])
+        row = tokens[None], positions, slots
+        row, positions, slots, order, ends = (
+            tensor.to(device) for tensor in (*row, order, first + count - 1)
         )
-        longest = max(chunk.end for chunk in chunks)
-        return cls(row[None], places, where, made, last, longest)
+        return cls(row, positions, slots, groups, order, ends, max(stops))
+
+
+MOST_QUERIES = 64  # of a tile: the most rows that a program of attention/paged_triton.py takes
+
+
+def tile_size(new: int) -> int:
+    """The largest power of two that so many new tokens hold, at most 64."""
+    return min(MOST_QUERIES, 1 << (new.bit_length() - 1))
 
 
 class PagedLayer:
@@ -110,14 +132,14 @@ class PagedLayer:
         for pages, new in zip(self.pages, (key, value), strict=True):
             pages.flatten(0, 1)[self.batch.slots] = new[0].transpose(0, 1)
         outputs = [self.attend_group(query[0], group) for group in self.batch.groups]
-        return torch.cat(outputs, 1)[None]
+        return torch.cat(outputs, 1)[None, :, self.batch.order]
 
     def attend_group(
         self, query: Float[Tensor, "head token dim"], group: Group
     ) -> Float[Tensor, "head new dim"]:
-        texts = len(group.lengths)
-        rows = "head (text query) dim", "text head query dim"
-        apart = rearrange(query[:, group.start : group.end], " -> ".join(rows), text=texts)
+        tiles = len(group.lengths)
+        rows = "head (tile query) dim", "tile head query dim"
+        apart = rearrange(query[:, group.rows], " -> ".join(rows), tile=tiles)
         tables = {"block_table": group.block_table, "cache_seqlens": group.lengths}
         output = self.attention(apart, *self.pages, **tables, causal=True)
         return rearrange(output, " -> ".join(reversed(rows)))

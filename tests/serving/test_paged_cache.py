@@ -26,7 +26,7 @@ def test_a_row_of_texts_is_read_as_each_alone(tiny, page):
     cache, manager = PagedCache(tiny, 30, page), BlockManager(30, page)
     assert cache.pages.isnan().all()
     batch = Batch.of(chunks_of(texts, manager), page, torch.device("cpu"))
-    assert [len(group.lengths) for group in batch.groups] == [1, 2, 1]
+    assert [group.lengths.tolist() for group in batch.groups] == [[1], [4, 4], [8, 11]]
     made = cache.of(batch)
     assert made.length + batch.tokens.shape[1] == 11
     row = tiny(batch.tokens, made)[0]
@@ -34,6 +34,31 @@ def test_a_row_of_texts_is_read_as_each_alone(tiny, page):
     torch.testing.assert_close(row, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(row[batch.ends], expected[[0, 4, 8, 19]], rtol=1e-10, atol=1e-10)
     assert cache.pages[:, :, cache.spare].isnan().all()
+
+
+@torch.no_grad()
+def test_chunks_of_any_length_are_cut_into_tiles(tiny):
+    """Each of 1 to 200 new tokens is asked for once or more, after what was read before."""
+    manager = BlockManager(2000, 16)
+    for before in (0, 5):
+        chunks = []
+        for count in range(1, 201):
+            request = Request(list(range(before + count)), 300)
+            request.text, _ = manager.allocate(request.tokens)
+            chunks.append(Chunk(request, before, before + count))
+        batch = Batch.of(chunks, 16, torch.device("cpu"))
+        asked = torch.cat([group.rows for group in batch.groups])
+        assert asked[batch.order].equal(torch.arange(len(batch.positions)))
+        for group in batch.groups:
+            rows = group.rows.reshape(len(group.lengths), -1)
+            queries = rows.shape[1]
+            place = group.lengths[:, None] - queries + torch.arange(queries)
+            assert batch.positions[rows].equal(place)  # the last query stands at the last key
+            found = group.block_table.gather(1, place // 16) * 16 + place % 16
+            assert batch.slots[rows].equal(found)
+        assert len(batch.groups) == 7 and len(asked) < 1.3 * len(batch.positions)
+        for chunk in chunks:
+            manager.free(chunk.request.text)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from scipy.stats import chi2
+from scipy.stats import chi2, ncx2
 
 from implementations.models.decoder import Decoder
 from implementations.serving.kv_cache import CachedDecoder
@@ -20,10 +20,24 @@ from implementations.text.sampling import SamplingSettings, generate
 SAMPLED = SamplingSettings()
 
 
-def table_model(seed: int):
+FALSE_ALARM = 1e-5
+DRAWS = 2000
+
+
+def table_model(seed: int, spread: float = 0.6):
     """A model whose next token depends on the last one: logits from a table, over three tokens."""
-    table = 0.6 * torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)).double()
+    table = spread * torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)).double()
     return lambda tokens: table[tokens]
+
+
+MODEL, OTHER = table_model(0), table_model(1, 2.0)
+
+
+def joint(*steps: torch.Tensor) -> torch.Tensor:
+    """The chances of all 27 texts of three tokens after token 1, from each step's table."""
+    first, second, third = steps
+    every = itertools.product(range(3), repeat=3)
+    return torch.stack([first[1, a] * second[a, b] * third[b, c] for a, b, c in every])
 
 
 def chi_square(observed: torch.Tensor, expected: torch.Tensor) -> float:
@@ -32,35 +46,46 @@ def chi_square(observed: torch.Tensor, expected: torch.Tensor) -> float:
     return float(chi2.sf(statistic, len(observed) - 1))
 
 
+def power(wrong: torch.Tensor, right: torch.Tensor) -> float:
+    """The chance that texts with the wrong chances raise the alarm."""
+    limit, freedom = chi2.isf(FALSE_ALARM, len(right) - 1), len(right) - 1
+    return float(ncx2.sf(limit, freedom, DRAWS * ((wrong - right) ** 2 / right).sum().item()))
+
+
 @pytest.mark.parametrize("draft", ["model", "n-gram"])
 @pytest.mark.parametrize("guesses", [1, 3])
 def test_sampled_texts_have_the_joint_distribution(draft, guesses, unchecked):
     """All 27 texts of three tokens, 2,000 draws. False alarms: 1 in 100,000, and the seeds are
-    fixed. The draft's table is another one: half of its guesses are wrong."""
-    model, other = table_model(0), table_model(1)
+    fixed. The draft's table is another and steeper one."""
     # After 0 1 2 1 the n-gram draft guesses 2, 1, ...: sometimes likely, sometimes not.
-    prompt, runs = [0, 1, 2, 1], 2000
-    made = ModelDraft(other, SAMPLED) if draft == "model" else NGramDraft(3)
+    prompt = [0, 1, 2, 1]
+    made = ModelDraft(OTHER, SAMPLED) if draft == "model" else NGramDraft(3)
     observed = torch.zeros(27)
     guessed = accepted = 0
-    for seed in range(runs):
-        written = generate_speculative(model, made, prompt, 3, SAMPLED, guesses=guesses, seed=seed)
+    for seed in range(DRAWS):
+        written = generate_speculative(MODEL, made, prompt, 3, SAMPLED, guesses=guesses, seed=seed)
         a, b, c = written.tokens[4:]
         observed[9 * a + 3 * b + c] += 1
         guessed, accepted = guessed + written.guessed, accepted + written.accepted
-    p = model(torch.arange(3)).softmax(-1)
-    expected = torch.tensor(
-        [p[1, a] * p[a, b] * p[b, c] for a, b, c in itertools.product(range(3), repeat=3)]
-    )
-    assert expected.sum().item() == pytest.approx(1) and (expected * runs).min() > 4
-    assert chi_square(observed, expected * runs) > 1e-5
+    p = MODEL(torch.arange(3)).softmax(-1)
+    expected = joint(p, p, p)
+    assert expected.sum().item() == pytest.approx(1) and (expected * DRAWS).min() > 4
+    assert chi_square(observed, expected * DRAWS) > FALSE_ALARM
     assert 0.1 < accepted / guessed < 0.9  # both roads were taken
 
 
-def test_the_chi_square_notices_half_of_the_texts_a_fifth_too_frequent():
-    expected = torch.full((26,), 3000 / 26)
-    assert chi_square(expected, expected) == pytest.approx(1)
-    assert chi_square(expected * torch.tensor([1.2, 0.8] * 13), expected) < 1e-5
+def test_the_chi_square_would_notice():
+    """What comes out if all is accepted, and if a rejected guess is drawn anew from the model: the
+    alarm is missed less than once in 100,000 times. The last token is never a guess."""
+    p, q = (model(torch.arange(3)).softmax(-1) for model in (MODEL, OTHER))
+    rejected = (p - q).clamp(min=0).sum(-1, keepdim=True)
+    redrawn = torch.minimum(p, q) + rejected * p
+    right = joint(p, p, p)
+    for step in (q, redrawn):
+        wrong = joint(step, step, p)
+        assert wrong.sum().item() == pytest.approx(1)
+        assert power(wrong, right) > 1 - 1e-5
+    assert power(right, right) == pytest.approx(FALSE_ALARM)
 
 
 def test_verify_by_hand():
@@ -124,7 +149,7 @@ def test_the_longest_and_latest_match_is_taken():
 
 
 def test_it_stops_and_refuses():
-    model, draft = table_model(0), NGramDraft(3)
+    model, draft = MODEL, NGramDraft(3)
     whole = generate_speculative(model, draft, [0, 1, 0, 1], 9).tokens
     stopped = generate_speculative(model, draft, [0, 1, 0, 1], 9, stop=whole[6]).tokens
     assert stopped == whole[: 5 + whole[4:].index(whole[6])]

@@ -108,6 +108,8 @@ def test_greedy_text_of_a_captured_graph_is_the_same():
     check_greedy(graph=True)
 
 
+# torch 2.11 decorates functions of its own compiler with it, when that is first used.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_compiled_whole_and_once(unchecked):
     """One graph without breaks serves every step: a second compilation is an error."""
     whole = partial(torch.compile, fullgraph=True, backend="aot_eager")

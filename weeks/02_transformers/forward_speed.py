@@ -14,15 +14,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from implementations.attention.vendor import attention_sdpa
 from implementations.lab.compare import error
 from implementations.lab.findings import Finding, at_least, at_most
 from implementations.lab.script import run
 from implementations.lab.timing import time_interleaved
-from implementations.models.decoder import LLAMA_NAMES, SMOLLM2, Decoder, DecoderConfig
-from implementations.models.parameter_names import to_published
+from implementations.models.decoder import SMOLLM2, Decoder
+from implementations.models.llama_in_transformers import llama_in_transformers
 
 
 @dataclass(frozen=True)
@@ -37,29 +36,6 @@ class Config:
     """timed rounds"""
 
 
-def in_transformers(decoder: Decoder) -> LlamaForCausalLM:
-    """The same model in transformers, with its fastest attention on a CPU."""
-    config: DecoderConfig = decoder.config
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocabulary,
-            hidden_size=config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.key_value_heads,
-            intermediate_size=config.hidden,
-            max_position_embeddings=config.positions,
-            rms_norm_eps=config.epsilon,
-            rope_theta=config.rotary_base,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-        )
-    )
-    theirs.load_state_dict(to_published(decoder.state_dict(), LLAMA_NAMES), strict=False)
-    theirs.tie_weights()
-    return theirs.eval()
-
-
 def main(config: Config) -> list[Finding]:
     torch.manual_seed(0)
     shape = replace(SMOLLM2, layers=config.layers)
@@ -67,7 +43,7 @@ def main(config: Config) -> list[Finding]:
     if config.layers == SMOLLM2.layers:
         naive = Decoder.from_smollm2()
     vendor.load_state_dict(naive.state_dict())
-    theirs = in_transformers(naive)
+    theirs = llama_in_transformers(naive)
     tokens = torch.randint(SMOLLM2.vocabulary, (1, config.tokens))
 
     def transformers_logits(tokens: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ Run     uv run python weeks/05_kv_cache/bandwidth_not_flops.py
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -31,12 +32,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from implementations.attention.rotary_table import RotaryTable
 from implementations.attention.vendor import attention_sdpa
 from implementations.lab.findings import Finding, at_least, equals, within
 from implementations.lab.script import run
 from implementations.lab.timing import time_interleaved
-from implementations.models.decoder import LLAMA_NAMES, SMOLLM2, Decoder, DecoderConfig
-from implementations.models.parameter_names import to_published
+from implementations.models.decoder import SMOLLM2, Decoder, DecoderConfig
+from implementations.models.llama_in_transformers import llama_in_transformers
 from implementations.serving.kv_cache import CachedDecoder, KeyValueCache
 from implementations.serving.static_cache import StaticDecoder
 from implementations.serving.weight_layout import store_for_decoding
@@ -170,20 +172,28 @@ def timed_decoder(config: Config) -> Decoder:
     if config.device == "cpu":
         shape = replace(SMOLLM2, layers=config.layers)
         whole = config.layers == SMOLLM2.layers
-        decoder = Decoder.from_smollm2(attention_sdpa) if whole else Decoder(shape, attention_sdpa)
+        make = Decoder.from_smollm2 if whole else partial(Decoder, shape)
+        decoder = make(attention_sdpa, **torch_parts(shape))
         store_for_decoding(decoder)
         return decoder.eval()
-    from implementations.attention.positions_triton import rotate_half_split_triton
-    from implementations.layers.feed_forward_triton import swiglu_triton
-    from implementations.layers.rms_norm_triton import rms_norm_triton
+    from implementations.models.decoder_triton import decoder_triton
 
-    kernels = {"norm": rms_norm_triton, "rotate": rotate_half_split_triton, "gated": swiglu_triton}
     with torch.device("meta"):
-        decoder = Decoder(MODELS["Llama 3 8B"], attention_sdpa, **kernels)
+        decoder = decoder_triton(MODELS["Llama 3 8B"], attention_sdpa)
     decoder = decoder.to(torch.bfloat16).to_empty(device=config.device)
     for parameter in decoder.parameters():
         parameter.normal_(std=0.02)
     return decoder.eval()
+
+
+def torch_parts(shape: DecoderConfig) -> dict[str, Callable[..., Tensor]]:
+    """For a CPU: angles that are computed once, and torch's norm in one call."""
+
+    def norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
+        return torch.nn.functional.rms_norm(x, scale.shape, scale, epsilon)
+
+    table = RotaryTable(shape.positions, shape.width // shape.heads, shape.rotary_base)
+    return {"rotate": table, "norm": norm}
 
 
 def one_step(config: Config, decoder: Decoder, batch: int) -> Callable[[Tensor], Tensor]:
@@ -238,40 +248,20 @@ def measured(config: Config) -> list[Finding]:
 
 def against_transformers(config: Config, decoder: Decoder) -> list[Finding]:
     """One text, greedy, ours and transformers' generate in turn: same weights, float32, kernel."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = decoder.config
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocabulary,
-            hidden_size=shape.width,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.key_value_heads,
-            intermediate_size=shape.hidden,
-            max_position_embeddings=shape.positions,
-            rms_norm_eps=shape.epsilon,
-            rope_theta=shape.rotary_base,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).eval()
-    state = {name: x.contiguous() for name, x in decoder.state_dict().items()}
-    theirs.load_state_dict(to_published(state, LLAMA_NAMES), strict=False)
-    theirs.tie_weights()
-    plain = Decoder(shape, attention_sdpa).eval()
-    plain.load_state_dict(state)
+    shape, theirs = decoder.config, llama_in_transformers(decoder)
+    plain = Decoder(shape, attention_sdpa, **torch_parts(shape)).eval()
+    plain.load_state_dict({name: x.contiguous() for name, x in decoder.state_dict().items()})
     prompt = torch.randint(1, shape.vocabulary, (1, 16))
 
     def ours(decoder: Decoder) -> Callable[[Tensor], Tensor]:
         cache = decoder.empty_cache(1, 16 + config.written)
 
+        def last(tokens: Tensor, cache: KeyValueCache) -> Tensor:  # as theirs, of a prompt too
+            return decoder.logits(decoder.hidden(tokens, cache)[:, -1:])
+
         def write(prompt: Tensor) -> Tensor:
             cache.truncate(0)
-            return generate(CachedDecoder(decoder, cache), prompt, config.written)
+            return generate(CachedDecoder(last, cache), prompt, config.written)
 
         return write
 
@@ -314,13 +304,20 @@ def draw(points: list[tuple[int, Step, float]], here: Ceilings) -> None:
     for batch, work, seconds in points:
         left.loglog(work.intensity, work.operations / seconds / 1e9, "C1s")
         left.annotate(f" {batch}", (work.intensity, work.operations / seconds / 1e9), va="top")
-    left.set(title="roofline, by texts in a batch", xlabel="operations a byte", ylabel="GFLOP/s")
+    left.set(
+        title="the roofline, and the timed decoder by texts in a batch",
+        xlabel="operations a byte",
+        ylabel="GFLOP/s",
+    )
     batches = [batch for batch, _, _ in points]
     allowed = [batch / work.seconds(here) for batch, work, _ in points]
     right.loglog(batches, allowed, "k--", label="what the formulas allow")
     right.loglog(batches, [batch / seconds for batch, _, seconds in points], "C1s-", label="timed")
     right.set_xticks(batches, [str(batch) for batch in batches])
     right.xaxis.minorticks_off()
+    for axis in (left.xaxis, left.yaxis, right.yaxis):
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_formatter("")
     right.set(xlabel="texts in a batch", ylabel="tokens a second")
     right.legend()
 

@@ -4,14 +4,18 @@ A prompt is read alone and as the first row of batches of other prompts. Nothing
 enters its logits, in mathematics. In a computer the shape of a matrix product decides how its sums
 are cut, and sums in another order round otherwise.
 
-Expected: the bits of the logits depend on how many rows there are. Where two tokens are nearly
-equal the likeliest changes, oftener in bfloat16, and from there the texts part. Filled up to one
-fixed shape the products are the same whoever else is there, and so are all bits: batch invariance,
-paid with the work on what fills up. On a GPU the weights are random in SmolLM2's shape
-(`--weights random`), so that near ties are rarer or commoner than in a trained model; the bits are
-not.
+Expected: read token by token, as texts are written, the bits of the logits depend on how many rows
+there are: one text is a matrix times a vector, several are a product of matrices. Read whole, a
+prompt is a product of matrices either way, and its bits may well be the same. Where two tokens are
+nearly equal the likeliest changes, oftener in bfloat16, and from there the texts part. Filled up to
+one fixed shape the products are the same whoever else is there, and so are all bits: batch
+invariance, paid with the work on what fills up. On a GPU the weights are random in SmolLM2's shape
+(`--weights random`), so that near ties are commoner than in a trained model; and there attention
+too is cut by how many texts share the GPU, unless the number of cuts is fixed.
 
 Run     uv run python weeks/05_kv_cache/is_temperature_zero_deterministic.py
+        uv run python weeks/05_kv_cache/is_temperature_zero_deterministic.py --device cuda
+        --weights random --batches 1 2 4 8 16 64
 """
 
 from dataclasses import dataclass
@@ -36,9 +40,9 @@ class Config:
     device: str = "cpu"
     weights: Literal["smollm2", "random"] = "smollm2"
     """the packaged ones, or random ones of that shape"""
-    prompts: int = 8
+    prompts: int = 4
     """how many"""
-    length: int = 24
+    length: int = 16
     """tokens of each"""
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     """how many rows a prompt stands among"""
@@ -47,7 +51,9 @@ class Config:
 
 
 @torch.no_grad()
-def logits_in(decoder: Decoder, rows: Tensor, first: int, batch: int, fill: int) -> Tensor:
+def logits_in(
+    decoder: Decoder, rows: Tensor, first: int, batch: int, fill: int, whole: bool
+) -> Tensor:
     """Logits of one prompt, the first of a batch of others, filled up with copies of the last.
 
     Token by token over a cache, as a server decodes: a product has one row for each text.
@@ -55,18 +61,20 @@ def logits_in(decoder: Decoder, rows: Tensor, first: int, batch: int, fill: int)
     others = [(first + i) % len(rows) for i in range(batch)]
     others += others[-1:] * (fill - batch)
     cache = decoder.empty_cache(len(others), rows.shape[1])
-    steps = rows[others].split(1, dim=1)
-    return torch.stack([decoder(tokens, cache)[0, 0] for tokens in steps])
+    steps = rows[others].split(rows.shape[1] if whole else 1, dim=1)
+    return torch.cat([decoder(tokens, cache)[0] for tokens in steps])
 
 
-def compare(decoder: Decoder, rows: Tensor, config: Config, fixed: bool) -> tuple[dict, int, int]:
+def compare(
+    decoder: Decoder, rows: Tensor, config: Config, *, fixed: bool = False, whole: bool = False
+) -> tuple[dict[int, float], int, int]:
     """Largest distance from alone for each batch size, turned tokens, and prompts whose bits are
     the same in every batch."""
     apart, turned, same = dict.fromkeys(config.batches, 0.0), 0, 0
     most = max(config.batches)
     for first in range(config.prompts):
         found = [
-            logits_in(decoder, rows, first, batch, most if fixed else batch)
+            logits_in(decoder, rows, first, batch, most if fixed else batch, whole)
             for batch in config.batches
         ]
         for batch, logits in zip(config.batches, found, strict=True):
@@ -75,6 +83,36 @@ def compare(decoder: Decoder, rows: Tensor, config: Config, fixed: bool) -> tupl
             turned += int((logits.argmax(-1) != found[0].argmax(-1)).sum())
         same += all(torch.equal(logits, found[0]) for logits in found)
     return apart, turned, same
+
+
+def attention_in_company(config: Config) -> list[Finding]:
+    """One text's attention from pages, alone and among others: the keys cut by sizes, or always
+    into four shares."""
+    from implementations.attention.paged_triton import attention_paged_triton
+
+    most, keys, page = max(config.batches), 2048, 16
+    pages = torch.randn(2, most * keys // page, page, 3, 64, dtype=torch.bfloat16).cuda()
+    query = torch.randn(most, 9, 1, 64, dtype=torch.bfloat16).cuda()
+    table = torch.arange(most * keys // page).reshape(most, -1).int().cuda()
+    lengths = torch.full((most,), keys, dtype=torch.int32).cuda()
+    findings = []
+    for name, shares in {"cut by sizes": None, "four shares": 4}.items():
+        outputs = [
+            attention_paged_triton(
+                query[:batch],
+                *pages,
+                block_table=table[:batch],
+                cache_seqlens=lengths[:batch],
+                shares=shares,
+            )[0]
+            for batch in config.batches
+        ]
+        claim = f"attention, {name}: batch sizes in which a text's bits are those alone"
+        same = sum(output.equal(outputs[0]) for output in outputs)
+        expected = None if shares is None else equals(len(outputs))
+        source = None if shares is None else "the same sums in the same order"
+        findings.append(Finding(claim, same, f"of {len(outputs)}", expected, source=source))
+    return findings
 
 
 def main(config: Config) -> list[Finding]:
@@ -93,12 +131,22 @@ def main(config: Config) -> list[Finding]:
         else:
             decoder = Decoder(SMOLLM2, attention_sdpa).eval()
         decoder = decoder.to(config.device, getattr(torch, dtype))
-        apart, turned, same = compare(decoder, rows, config, fixed=False)
+        apart, turned, same = compare(decoder, rows, config)
         _, still, fixed = compare(decoder, rows, config, fixed=True)
+        _, _, whole = compare(decoder, rows, config, whole=True)
         drawn[dtype] = apart
         places = config.prompts * config.length * (len(config.batches) - 1)
         findings += [
-            Finding(f"{dtype}: prompts whose bits are the same in every batch", same),
+            Finding(
+                f"{dtype}, token by token: prompts whose bits are the same in every batch",
+                same,
+                f"of {config.prompts}",
+            ),
+            Finding(
+                f"{dtype}, read whole: prompts whose bits are the same in every batch",
+                whole,
+                f"of {config.prompts}",
+            ),
             Finding(f"{dtype}: largest difference of a logit", max(apart.values())),
             Finding(f"{dtype}: likeliest tokens that changed", turned, f"of {places:,}"),
             Finding(
@@ -110,17 +158,16 @@ def main(config: Config) -> list[Finding]:
             Finding(f"{dtype}, one fixed shape: likeliest tokens that changed", still),
         ]
     draw(drawn)
-    return findings
+    return findings + (attention_in_company(config) if config.device == "cuda" else [])
 
 
 def draw(drawn: dict[str, dict[int, float]]) -> None:
-    _, axes = plt.subplots(figsize=(6, 3.4))
+    _, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     for dtype, apart in drawn.items():
-        axes.plot(list(apart), [max(value, 1e-8) for value in apart.values()], "o-", label=dtype)
-    axes.set(xscale="log", yscale="log", xlabel="rows in the batch")
-    axes.set_xticks(list(next(iter(drawn.values()))), list(next(iter(drawn.values()))))
-    axes.set_ylabel("largest difference of a logit from alone")
-    axes.set_title("The same prompt in company (no difference is drawn at 1e-8)", fontsize=10)
+        axes.plot([str(batch) for batch in apart], list(apart.values()), "o-", label=dtype)
+    axes.set_yscale("symlog", linthresh=1e-6)
+    axes.set(xlabel="texts in the batch", ylabel="largest difference of a logit")
+    axes.set_title("The same prompt, token by token, against itself alone", fontsize=10)
     axes.legend()
 
 

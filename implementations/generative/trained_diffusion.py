@@ -361,7 +361,7 @@ def train_or_load(config: DiffusionConfig, device: str = "cpu") -> Trained:
     devices = [torch.device(device)] if device.startswith("cuda") else []
     with (
         torch.random.fork_rng(devices),
-        torch.backends.cudnn.flags(benchmark=True),
+        torch.backends.cudnn.flags(enabled=True, benchmark=True),
         exclusive(folder_made(folder)),
         stop_requests() as asked,
     ):

@@ -107,7 +107,7 @@ def main(config: Config) -> list[Finding]:
     }
     x, wanted = torch.randn(2, config.batch, 1, size, size, device=config.device)
     position = torch.rand(config.batch, device=config.device)
-    with torch.backends.cudnn.flags(benchmark=True):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         steps = {
             name: training_step(networks[name], answer, config.device)
             for name, answer in answers.items()

@@ -148,8 +148,15 @@ def signed(part: Images) -> Pictures:
     return Pictures(to_signed(part.pixels, part.levels), part.labels)
 
 
-def for_device(device: str, **changes) -> DiffusionConfig:
-    """The model that the weekly scripts share: of real size on a GPU, a small one on a CPU."""
+def for_device(device: str, *, size: int = 0, steps: int = 0, **changes) -> DiffusionConfig:
+    """The model that the weekly scripts share: of real size on a GPU, a small one on a CPU.
+
+    Args:
+        size: pixels of a side, 0 for the device's own; `steps` of training likewise.
+        changes: of the other settings.
+    """
+    changes |= {"size": size} if size else {}
+    changes |= {"steps": steps} if steps else {}
     small = {"size": 14, "widths": (16, 32), "parts": 1, "groups": 8, "head": 16, "dropout": 0.0}
     small |= {"steps": 1200, "batch": 32, "decay": 0.995, "learning_rate": 2e-3, "looks": 20}
     small |= {"width": 64, "layers": 2, "patch": 2}
@@ -454,7 +461,11 @@ def loop(
                     raise Diverged(f"the loss is {mean} between steps {since} and {step}")
             if look:
                 found = training.held_out_loss()
-                bar.set_postfix_str(f"loss {mean:.4f}, held out {found:.4f}", refresh=False)
+                said = f"loss {mean:.4f}, held out {found:.4f}"
+                bar.set_postfix_str(said, refresh=False)
+                if bar.disable:  # no terminal: a line for the log
+                    passed = f"{step:,} of {config.steps:,}, {time.perf_counter() - began:.1f} s"
+                    print(f"{passed}: {said}", file=sys.stderr, flush=True)
                 if found < min((past["held_out"] for past in history), default=math.inf):
                     state = training.average.state_dict()
                     best = {name: value.detach().clone() for name, value in state.items()}

@@ -112,20 +112,6 @@ def test_nan_stops_the_run(cache, monkeypatch):
         train_or_load(replace(TINY, steps=30))
 
 
-def test_cudnn_is_on_and_looks_for_the_fastest(cache, monkeypatch):
-    """Its flags are global: those that are not named are switched off."""
-    seen = []
-
-    def watched(*args):
-        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark))
-        return training_loss(*args)
-
-    monkeypatch.setattr(trained_diffusion, "training_loss", watched)
-    train_or_load(replace(TINY, steps=2))
-    assert set(seen) == {(True, True)}
-    assert torch.backends.cudnn.enabled and not torch.backends.cudnn.benchmark
-
-
 def test_made_pictures_do_not_depend_on_the_batch(cache):
     model = train_or_load(replace(TINY, steps=2)).model
     labels, shape = torch.arange(6) % 10, (1, 8, 8)

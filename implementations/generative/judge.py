@@ -37,7 +37,8 @@ from implementations.generative.trained_diffusion import (
     pictures,
     train_or_load,
 )
-from implementations.models import picture_classifier
+from implementations.models.picture_classifier import ClassifierConfig
+from implementations.models.picture_classifier import train_or_load as trained_classifier
 
 Pixels = Float[Tensor, "picture 1 row column"]
 
@@ -59,11 +60,9 @@ class Judge:
     """A classifier of digits, and the features of those it compares with."""
 
     def __init__(self, size: int = 28, steps: int = 1500, device: str = "cpu"):
-        config = picture_classifier.ClassifierConfig(
-            size=size, model="convolutional", steps=steps, learning_rate=3e-3
-        )
+        config = ClassifierConfig(size=size, model="convolutional", steps=steps, learning_rate=3e-3)
         self.size, self.device = size, device
-        self.classifier = picture_classifier.train_or_load(config, device).model
+        self.classifier = trained_classifier(config, device).model
         data = pictures("mnist_5k", size)
         self.train, self.test = data.train, data.test
         self.real = self.features(self.test.pixels)

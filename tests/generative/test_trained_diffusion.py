@@ -161,7 +161,7 @@ def test_the_graphs_update_is_the_equation_in_bfloat16(as_users_run_it):
     training = Training(replace(TINY, dropout=0.0), "cuda")
     # Zero at first, and with it all other gradients: after a captured update it is not.
     nn.init.normal_(training.model.network.leave.weight, std=0.1)
-    model = copy.deepcopy(training.model)
+    model, average = copy.deepcopy(training.model), weights(training.average)
     training.update(0)
     torch.cuda.synchronize()
     data, noise, log_snr, labels = training.inputs
@@ -173,7 +173,7 @@ def test_the_graphs_update_is_the_equation_in_bfloat16(as_users_run_it):
     assert limit.mean < 0.1 * exact.abs().mean().item()  # it says something
     assert seen.largest <= limit.largest and seen.mean <= limit.mean, (seen, limit)
     decay = decay_at(0, TINY.decay)
-    wanted = decay * weights(model) + (1 - decay) * weights(training.model)
+    wanted = decay * average + (1 - decay) * weights(training.model)
     torch.testing.assert_close(weights(training.average), wanted, rtol=0, atol=1e-6)
 
 

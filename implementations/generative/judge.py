@@ -16,6 +16,7 @@ Shapes  pixels [picture, 1, row, column], from -1 to 1
 Run     uv run python implementations/generative/judge.py
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,15 @@ from implementations.generative.metrics import (
     kernel_distance,
     precision_and_recall,
 )
-from implementations.generative.trained_diffusion import pictures
-from implementations.models.picture_classifier import ClassifierConfig, train_or_load
+from implementations.generative.trained_diffusion import (
+    Trained,
+    for_device,
+    make,
+    pictures,
+    train_or_load,
+)
+from implementations.models.picture_classifier import ClassifierConfig
+from implementations.models.picture_classifier import train_or_load as trained_classifier
 
 Pixels = Float[Tensor, "picture 1 row column"]
 
@@ -53,8 +61,8 @@ class Judge:
 
     def __init__(self, size: int = 28, steps: int = 1500, device: str = "cpu"):
         config = ClassifierConfig(size=size, model="convolutional", steps=steps, learning_rate=3e-3)
-        self.device = device
-        self.classifier = train_or_load(config, device).model
+        self.size, self.device = size, device
+        self.classifier = trained_classifier(config, device).model
         data = pictures("mnist_5k", size)
         self.train, self.test = data.train, data.test
         self.real = self.features(self.test.pixels)
@@ -119,6 +127,40 @@ class Judge:
             )
             squares.append(kernel_distance(a, b) ** 2)
         return (sum(squares) / draws) ** 0.5
+
+
+judge_of = cache(Judge)  # of a size, steps and device: the same for every model
+
+
+class Candidate(NamedTuple):
+    """A trained model before its judge, and the labels of what it is asked for."""
+
+    trained: Trained
+    judge: Judge
+    labels: Int[Tensor, " picture"]
+
+    def made(self, model: nn.Module | None = None, **way) -> Pixels:
+        """A picture of each label, by the averaged weights unless another model is given.
+
+        Args:
+            way: as in `make`.
+        """
+        model = self.trained.model if model is None else model
+        shape = (1, self.judge.size, self.judge.size)
+        return make(model, self.labels, len(self.labels), shape, **way)
+
+
+def candidate(device: str, count: int, judge_steps: int, **changes) -> Candidate:
+    """What a weekly script begins with: a model of `for_device`, trained or loaded, and its judge.
+
+    Args:
+        count: pictures that it is asked for, of all ten digits in turn.
+        judge_steps: of the training of the judge's classifier.
+        changes: of the model's settings.
+    """
+    settings = for_device(device, **changes)
+    judge = judge_of(settings.size, judge_steps, device)
+    return Candidate(train_or_load(settings, device), judge, torch.arange(count) % 10)
 
 
 def main() -> None:

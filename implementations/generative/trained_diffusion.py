@@ -9,6 +9,7 @@
 Four thousand digits invite to be learnt by heart, so a tenth of the training pictures are held out,
 and training stops when their loss has not fallen for a while. Test pictures are never seen here.
 On a GPU the whole update is one CUDA graph: a small network is otherwise waiting for its launches.
+Only the network in it is compiled, so that every kind of answer shares what inductor has cached.
 
 Paper   Ho et al. 2020, arXiv:2006.11239; Karras et al. 2022, arXiv:2206.00364
 Shapes  pixels [picture, channel, row, column], from -1 to 1
@@ -89,7 +90,7 @@ class DiffusionConfig:
     times: Literal["uniform", "logit_normal"] = "uniform"
     dequantized: bool = False
     """learn a density of pixels with uniform noise between the levels, and not of the levels"""
-    steps: int = 5000
+    steps: int = 6000
     batch: int = 128
     learning_rate: float = 1e-3
     decay: float = 0.999
@@ -148,8 +149,15 @@ def signed(part: Images) -> Pictures:
     return Pictures(to_signed(part.pixels, part.levels), part.labels)
 
 
-def for_device(device: str, **changes) -> DiffusionConfig:
-    """The model that the weekly scripts share: of real size on a GPU, a small one on a CPU."""
+def for_device(device: str, *, size: int = 0, steps: int = 0, **changes) -> DiffusionConfig:
+    """The model that the weekly scripts share: of real size on a GPU, a small one on a CPU.
+
+    Args:
+        size: pixels of a side, 0 for the device's own; `steps` of training likewise.
+        changes: of the other settings.
+    """
+    changes |= {"size": size} if size else {}
+    changes |= {"steps": steps} if steps else {}
     small = {"size": 14, "widths": (16, 32), "parts": 1, "groups": 8, "head": 16, "dropout": 0.0}
     small |= {"steps": 1200, "batch": 32, "decay": 0.995, "learning_rate": 2e-3, "looks": 20}
     small |= {"width": 64, "layers": 2, "patch": 2}
@@ -231,10 +239,11 @@ class Training:
         prime(self.optimizer, self.parameters)
         self.train = Pictures(*(part.to(self.device) for part in self.data.train))
         self.schedule = SCHEDULES[config.schedule]
-        self.loss = torch.compile(training_loss) if self.on_gpu else training_loss
         self.total = torch.zeros((), device=self.device)  # of the losses since the last check
         self.decay = torch.zeros((), device=self.device)
         self.inputs = self.draw(0)
+        if self.on_gpu:
+            self.model.network.compile(dynamic=False)
         self.run = captured(self.work, self.tensors) if self.on_gpu else self.work
 
     def draw(self, step: int) -> list[Tensor]:
@@ -265,7 +274,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.on_gpu):
             known = labels if self.config.labelled else None
-            loss = self.loss(self.model, data, noise, log_snr, known).mean()
+            loss = training_loss(self.model, data, noise, log_snr, known).mean()
         loss.backward()
         clip_grad_norm_(self.parameters, CLIP)
         self.optimizer.step()
@@ -361,7 +370,6 @@ def train_or_load(config: DiffusionConfig, device: str = "cpu") -> Trained:
     devices = [torch.device(device)] if device.startswith("cuda") else []
     with (
         torch.random.fork_rng(devices),
-        torch.backends.cudnn.flags(benchmark=True),
         exclusive(folder_made(folder)),
         stop_requests() as asked,
     ):
@@ -399,14 +407,16 @@ def make(
     scale: float = 1.0,
     seed: int = 0,
     at_once: int = 500,
+    compiled: bool = False,
 ) -> Float[Tensor, "picture channel row column"]:
     """New pictures, on the CPU; the first noise is the same for the same seed, whatever the way.
 
-    On a GPU the model is compiled the first time it is asked.
+    Args:
+        compiled: pays off where the network is asked some thousand times.
     """
     device = next(model.parameters()).device
-    if device.type == "cuda" and model._compiled_call_impl is None:
-        model.compile(dynamic=False)
+    if compiled and model.network._compiled_call_impl is None:
+        model.network.compile(dynamic=False)
     if isinstance(schedule, str):
         schedule = SCHEDULES[schedule]
     noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
@@ -454,7 +464,11 @@ def loop(
                     raise Diverged(f"the loss is {mean} between steps {since} and {step}")
             if look:
                 found = training.held_out_loss()
-                bar.set_postfix_str(f"loss {mean:.4f}, held out {found:.4f}", refresh=False)
+                said = f"loss {mean:.4f}, held out {found:.4f}"
+                bar.set_postfix_str(said, refresh=False)
+                if bar.disable:  # no terminal: a line for the log
+                    passed = f"{step:,} of {config.steps:,}, {time.perf_counter() - began:.1f} s"
+                    print(f"{passed}: {said}", file=sys.stderr, flush=True)
                 if found < min((past["held_out"] for past in history), default=math.inf):
                     state = training.average.state_dict()
                     best = {name: value.detach().clone() for name, value in state.items()}

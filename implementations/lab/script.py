@@ -7,7 +7,7 @@ A script is `main(config) -> list[Finding]` with a frozen dataclass of settings,
 which adds three options to the script's own: --quick (small sizes, under ten seconds), --record
 [DIR] (write results/<script>.json and figures/<script>.png beside the script, or under DIR) and
 --commit (where a copy of the repository has no history). Figures are those that `main` left open in
-pyplot.
+pyplot. Settings with a `variant` that is not empty have it in the name of their record and figures.
 
 Run     uv run python implementations/lab/script.py --quick
 """
@@ -73,7 +73,8 @@ def run(main: Callable[[Any], list[Finding]], config: Any, quick: Any) -> None:
         findings = main(config)
         seconds = time.perf_counter() - started
         print_table(findings)
-        name = script.stem + ("" if device == "cpu" else f".{short_name(device)}")
+        parts = (script.stem, getattr(config, "variant", ""), short_name(device))
+        name = ".".join(part for part in parts if part)
         if options.record is None:
             save_figures(name, cache_folder("figures", script.parent.name))
         else:
@@ -156,7 +157,9 @@ def device_name(device: str) -> str:
 
 
 def short_name(device: str) -> str:
-    """A device's name in the name of a file: NVIDIA H100 80GB HBM3 is h100."""
+    """A device's name in the name of a file: NVIDIA H100 80GB HBM3 is h100, a CPU has none."""
+    if device == "cpu":
+        return ""
     name = device_name(device)
     model = re.search(r"\b[A-Z]{1,2}\d+[A-Z]?\b", name)
     return (model.group() if model else name.split()[-1]).lower()

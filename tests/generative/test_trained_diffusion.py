@@ -1,5 +1,6 @@
 """Training: the same twice, the same when it was stopped, on parts that share no picture."""
 
+import copy
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -8,7 +9,10 @@ import torch
 from torch import nn
 
 from implementations.generative import trained_diffusion
+from implementations.generative.denoiser import generate, training_loss
 from implementations.generative.ema import decay_at
+from implementations.generative.samplers import SAMPLERS
+from implementations.generative.schedules import SCHEDULES
 from implementations.generative.trained_diffusion import (
     DiffusionConfig,
     Training,
@@ -17,6 +21,7 @@ from implementations.generative.trained_diffusion import (
     pictures,
     train_or_load,
 )
+from implementations.lab.compare import allowed, error
 from implementations.training.run import Diverged
 
 TINY = DiffusionConfig(
@@ -129,3 +134,80 @@ def test_bad_settings():
     with pytest.raises(ValueError, match="kanji has no labels to learn from"):
         trained_diffusion.untrained(replace(TINY, data="kanji", size=8))
     assert for_device("cpu").size == 14 and for_device("cuda").size == 28
+
+
+def gradients(model: nn.Module, inputs: list[torch.Tensor], narrow: bool) -> torch.Tensor:
+    """Of an update's loss by the equation, as one vector, its length cut to one."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+        loss = training_loss(model, *inputs).mean()
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    found = torch.cat([gradient.flatten() for gradient in found])
+    return found * (trained_diffusion.CLIP / found.norm()).clamp(max=1)
+
+
+@pytest.fixture
+def as_users_run_it(unchecked):
+    """Deterministic kernels are other ones, and some have no such form."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inductor's own
+def test_the_graphs_update_is_the_equation_in_bfloat16(as_users_run_it):
+    """Compiled, captured and replayed, its gradient is at most twice as wrong as autocast's.
+
+    Both against float64. Kernels that inductor joins round less often, never more.
+    """
+    training = Training(replace(TINY, dropout=0.0), "cuda")
+    # Zero at first, and with it all other gradients: after a captured update it is not.
+    nn.init.normal_(training.model.network.leave.weight, std=0.1)
+    model, average = copy.deepcopy(training.model), weights(training.average)
+    training.update(0)
+    torch.cuda.synchronize()
+    data, noise, log_snr, labels = training.inputs
+    wide = [data.double(), noise.double(), log_snr.double(), labels]
+    exact = gradients(copy.deepcopy(model).double(), wide, narrow=False)
+    naive = gradients(model, training.inputs, narrow=True)
+    ours = torch.cat([parameter.grad.flatten() for parameter in training.parameters])
+    seen, limit = error(ours, exact), allowed(naive, exact)
+    assert limit.mean < 0.1 * exact.abs().mean().item()  # it says something
+    assert seen.largest <= limit.largest and seen.mean <= limit.mean, (seen, limit)
+    decay = decay_at(0, TINY.decay)
+    wanted = decay * average + (1 - decay) * weights(training.model)
+    torch.testing.assert_close(weights(training.average), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_run_on_the_gpu_learns_as_one_on_the_cpu_does(cache, as_users_run_it):
+    """Other random numbers and narrower ones, and the same loss of held-out digits to a tenth."""
+    settings = replace(TINY, steps=300, learning_rate=3e-3)
+    last = {
+        device: train_or_load(settings, device).history[-1]["held_out"]
+        for device in ("cpu", "cuda")
+    }
+    assert last["cuda"] < 0.6  # 1.1 at first: the variance of v
+    assert last["cuda"] == pytest.approx(last["cpu"], rel=0.1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpm++"])
+def test_samplers_on_the_gpu_are_those_on_the_cpu(name, as_users_run_it):
+    """In float64, with labels and guidance; those with fresh noise draw it on their device."""
+    model = trained_diffusion.untrained(TINY).double()
+    nn.init.normal_(model.network.leave.weight, std=0.1)
+    noise, labels = torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.arange(6)
+    made = [
+        generate(
+            copy.deepcopy(model).to(device),
+            noise.to(device),
+            SCHEDULES["cosine"],
+            5,
+            SAMPLERS[name],
+            labels=labels.to(device),
+            scale=2.0,
+        ).cpu()
+        for device in ("cpu", "cuda")
+    ]
+    assert made[0].std() > 0.1
+    torch.testing.assert_close(made[1], made[0], rtol=1e-9, atol=1e-9)

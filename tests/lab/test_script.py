@@ -18,6 +18,10 @@ class Config:
     size: int = 100
     """how large"""
 
+    @property
+    def variant(self) -> str:
+        return "huge" if self.size > 1000 else ""
+
 
 def main(config: Config) -> list[Finding]:
     """The measured value is the size; a size of 13 is a user's mistake."""
@@ -64,6 +68,12 @@ def test_record_writes_numbers_and_figures_where_it_is_told(tmp_path, monkeypatc
     assert record["versions"]["torch"]
     figures = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert figures == ["test_script.png", "test_script_second.png"]
+
+
+def test_a_variant_has_a_record_of_its_own(tmp_path, monkeypatch):
+    assert start(monkeypatch, "--record", tmp_path, "--size", 2000) == 0
+    assert (tmp_path / "results" / "test_script.huge.json").exists()
+    assert (tmp_path / "figures" / "test_script.huge.png").exists()
 
 
 def test_without_record_figures_go_to_the_cache(cache, monkeypatch):

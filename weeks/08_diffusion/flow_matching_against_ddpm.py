@@ -19,8 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from implementations.generative.denoiser import to_unit
-from implementations.generative.judge import Judge
-from implementations.generative.trained_diffusion import for_device, make, train_or_load
+from implementations.generative.judge import candidate
 from implementations.lab.findings import Finding, at_most
 from implementations.lab.script import run
 
@@ -55,25 +54,22 @@ class Config:
 def main(config: Config) -> list[Finding]:
     if config.device == "cpu":
         torch.set_num_threads(1)
-    changes = {"model": config.model} | ({"size": config.size} if config.size else {})
-    changes["steps"] = config.training or (600 if config.device == "cpu" else 3000)
-    models, settings = {}, None
-    for name, way in MODELS.items():
-        settings = for_device(config.device, **changes, **way)
-        models[name] = train_or_load(settings, config.device)
-    judge = Judge(settings.size, config.judge_steps, config.device)
+    steps = config.training or (600 if config.device == "cpu" else 3000)
+    alike = {"model": config.model, "size": config.size, "steps": steps}
+    writers = {
+        name: candidate(config.device, config.count, config.judge_steps, **alike, **way)
+        for name, way in MODELS.items()
+    }
+    judge = writers["v"].judge
     chance = judge.kernel_floor(min(500, config.count))
-    labels, shape = torch.arange(config.count) % 10, (1, settings.size, settings.size)
-    findings = [
-        Finding("parameters of each", sum(p.numel() for p in models["v"].model.parameters()))
-    ]
+    parameters = sum(p.numel() for p in writers["v"].trained.model.parameters())
+    findings = [Finding("parameters of each", parameters)]
     far, shown = {}, {}
-    for name, trained in models.items():
-        findings.append(Finding(f"{name}: training takes", trained.seconds, "s"))
+    for name, writer in writers.items():
+        findings.append(Finding(f"{name}: training takes", writer.trained.seconds, "s"))
         for path in PATHS:
             for steps in config.steps:
-                way = {"schedule": path, "sampler": "ddim", "steps": steps}
-                made = make(trained.model, labels, config.count, shape, **way)
+                made = writer.made(schedule=path, sampler="ddim", steps=steps)
                 verdict = judge.verdict(made)
                 far[name, path, steps] = verdict.kernel / chance
                 shown[name, path, steps] = made[:20]

@@ -17,8 +17,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from implementations.generative.denoiser import to_unit
-from implementations.generative.judge import Judge
-from implementations.generative.trained_diffusion import for_device, make, train_or_load
+from implementations.generative.judge import candidate
 from implementations.lab.findings import Finding, at_least
 from implementations.lab.script import run
 
@@ -45,17 +44,12 @@ class Config:
 def main(config: Config) -> list[Finding]:
     if config.device == "cpu":
         torch.set_num_threads(1)
-    changes = {"steps": config.training} if config.training else {}
-    changes |= {"size": config.size} if config.size else {}
-    settings = for_device(config.device, **changes)
-    model = train_or_load(settings, config.device).model
-    judge = Judge(settings.size, config.judge_steps, config.device)
-    labels, shape = torch.arange(config.count) % 10, (1, settings.size, settings.size)
-    made = {
-        scale: make(model, labels, config.count, shape, scale=scale, steps=config.sampling)
-        for scale in config.scales
-    }
-    named = {scale: judge.accuracy(pixels, labels) for scale, pixels in made.items()}
+    writer = candidate(
+        config.device, config.count, config.judge_steps, size=config.size, steps=config.training
+    )
+    judge = writer.judge
+    made = {scale: writer.made(scale=scale, steps=config.sampling) for scale in config.scales}
+    named = {scale: judge.accuracy(pixels, writer.labels) for scale, pixels in made.items()}
     verdicts = {scale: judge.verdict(pixels) for scale, pixels in made.items()}
     findings = []
     for scale in config.scales:
@@ -78,8 +72,7 @@ def main(config: Config) -> list[Finding]:
     _, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     rows = torch.cat([torch.cat(list(to_unit(made[s][:20, 0])), 1) for s in config.scales])
     axes[0].imshow(1 - rows.numpy(), cmap="gray", vmin=0, vmax=1)
-    height = settings.size
-    places = [height * (index + 0.5) for index in range(len(config.scales))]
+    places = [judge.size * (index + 0.5) for index in range(len(config.scales))]
     axes[0].set_yticks(places, [f"scale {scale:g}" for scale in config.scales])
     axes[0].set(xticks=[], title="the same noise and labels")
     for name, values in {

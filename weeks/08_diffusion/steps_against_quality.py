@@ -19,9 +19,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from implementations.generative.denoiser import to_unit
-from implementations.generative.judge import Judge
+from implementations.generative.judge import candidate
 from implementations.generative.samplers import SAMPLERS
-from implementations.generative.trained_diffusion import for_device, make, train_or_load
 from implementations.lab.findings import Finding, at_most
 from implementations.lab.script import run
 
@@ -49,20 +48,20 @@ class Config:
 def main(config: Config) -> list[Finding]:
     if config.device == "cpu":
         torch.set_num_threads(1)
-    changes = {"steps": config.training} if config.training else {}
-    changes |= {"size": config.size} if config.size else {}
-    settings = for_device(config.device, **changes)
-    model = train_or_load(settings, config.device).model
-    judge = Judge(settings.size, config.judge_steps, config.device)
-    chance = judge.kernel_floor(min(500, config.count))
-    labels, shape = torch.arange(config.count) % 10, (1, settings.size, settings.size)
+    writer = candidate(
+        config.device, config.count, config.judge_steps, size=config.size, steps=config.training
+    )
+    chance = writer.judge.kernel_floor(min(500, config.count))
+    real = config.device != "cpu"
+    if real:  # compiled before the clock runs
+        writer.made(steps=1, compiled=True)
     distance, seconds, shown = {}, {}, {}
     for name in SAMPLERS:
         for steps in config.steps:
             started = time.perf_counter()
-            made = make(model, labels, config.count, shape, sampler=name, steps=steps)
+            made = writer.made(sampler=name, steps=steps, compiled=real)
             seconds[name, steps] = time.perf_counter() - started
-            distance[name, steps] = judge.verdict(made).kernel
+            distance[name, steps] = writer.judge.verdict(made).kernel
             shown[name, steps] = made[:10]
     draw(config, distance, shown, chance)
     findings = [Finding("kernel distance, training against test digits: chance", chance)]

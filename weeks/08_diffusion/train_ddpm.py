@@ -27,7 +27,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from implementations.generative.denoiser import asked, levels_for, to_unit
-from implementations.generative.judge import Judge
+from implementations.generative.judge import Judge, judge_of
 from implementations.generative.metrics import copied
 from implementations.generative.samplers import SAMPLERS, sample
 from implementations.generative.schedules import SCHEDULES
@@ -64,6 +64,11 @@ class Config:
     """steps of DPM-Solver++ 2M"""
     judge_steps: int = 1000
     """of the training of the classifier that judges"""
+
+    @property
+    def variant(self) -> str:
+        """Other sets than the digits have records of their own."""
+        return "" if self.data == "mnist_5k" else self.data
 
 
 def sheet(axes: Axes, made: Tensor, columns: int, title: str) -> None:
@@ -114,11 +119,11 @@ def draw(config: Config, trained: Trained, made: Tensor, raw: Tensor, rows: list
     axes.legend()
 
 
-def judged(config: Config, trained: Trained, size: int, shape: tuple) -> list[Finding]:
+def judged(
+    config: Config, judge: Judge, labels: Tensor, made: Tensor, raw: Tensor
+) -> list[Finding]:
     """Digits, by the classifier's metrics, made by averaged and by last weights."""
-    judge = Judge(size, config.judge_steps, config.device)
     test, floor = judge.verdict(judge.test.pixels), judge.floor(1000)
-    labels = torch.arange(config.count) % 10
     real = config.device != "cpu"  # the small model is not expected to be good
     chance = judge.kernel_floor(min(500, config.count))
     findings = [
@@ -128,14 +133,13 @@ def judged(config: Config, trained: Trained, size: int, shape: tuple) -> list[Fi
         Finding("kernel distance, training against test digits: size of its chance", chance),
         Finding("Frechet distance of 1,000 training digits", floor.frechet),
     ]  # fmt: skip
-    for name, model in (("averaged weights", trained.model), ("last weights", trained.raw)):
-        made = make(model, labels, config.count, shape, steps=config.sampling)
-        verdict = judge.verdict(made)
+    for name, pixels in (("averaged weights", made), ("last weights", raw)):
+        verdict = judge.verdict(pixels)
         main_one = real and name == "averaged weights"
         findings += [
             Finding(f"{name}: made digits named with confidence over 0.9", verdict.confident,
                     goal=at_least(0.9) if main_one else None),
-            Finding(f"{name}: named as their labels say", judge.accuracy(made, labels)),
+            Finding(f"{name}: named as their labels say", judge.accuracy(pixels, labels)),
             Finding(f"{name}: kernel distance to test digits, times that of chance",
                     max(verdict.kernel, 0.0) / chance, "x",
                     goal=at_most(3.0) if main_one else None),
@@ -151,11 +155,15 @@ def judged(config: Config, trained: Trained, size: int, shape: tuple) -> list[Fi
 def main(config: Config) -> list[Finding]:
     if config.device == "cpu":
         torch.set_num_threads(1)
-    settings = for_device(config.device, data=config.data, labelled=config.data != "kanji")
-    changes = {"steps": config.steps} if config.steps else {}
-    size = config.size or (settings.size if config.data == "mnist_5k" else 32)
-    settings = type(settings)(**{**settings.__dict__, **changes, "size": size})
-    trained, data = train_or_load(settings, config.device), pictures(config.data, size)
+    settings = for_device(
+        config.device,
+        size=config.size or (32 if config.variant else 0),
+        steps=config.steps,
+        data=config.data,
+        labelled=config.data != "kanji",
+    )
+    size, data = settings.size, pictures(config.data, settings.size)
+    trained = train_or_load(settings, config.device)
     shape = tuple(data.train.pixels.shape[1:])
     labels = torch.arange(config.count) % data.classes if data.classes else None
     made = make(trained.model, labels, config.count, shape, steps=config.sampling)
@@ -169,14 +177,16 @@ def main(config: Config) -> list[Finding]:
         Finding("training loss there", best["loss"]),
         Finding("training takes", trained.seconds, "s", goal=at_most(600)),
     ]
-    if config.data == "mnist_5k":
-        findings += judged(config, trained, size, shape)
-    else:
+    if config.variant:
         flat = [part.flatten(1) for part in (made, data.train.pixels, data.test.pixels)]
-        findings.append(
+        findings += [
+            Finding("pictures", config.variant),
             Finding("nearer to a training picture than 95% of test pictures", copied(*flat),
-                    goal=at_most(0.1))
-        )  # fmt: skip
+                    goal=at_most(0.1)),
+        ]  # fmt: skip
+    else:
+        judge = judge_of(size, config.judge_steps, config.device)
+        findings += judged(config, judge, labels, made, raw)
     rows = way(trained, shape, None if labels is None else labels[:10])
     draw(config, trained, made, raw, rows)
     return findings

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from implementations.generative.denoiser import to_unit
-from implementations.generative.judge import Judge
+from implementations.generative.judge import candidate
 from implementations.generative.pixel_transformer import (
     decoder_of,
     pictures_of,
@@ -28,7 +28,7 @@ from implementations.generative.pixel_transformer import (
     tokens_of,
     write,
 )
-from implementations.generative.trained_diffusion import for_device, make, pictures, train_or_load
+from implementations.generative.trained_diffusion import pictures
 from implementations.lab.files import run_folder
 from implementations.lab.findings import Finding, at_least, within
 from implementations.lab.script import run
@@ -105,30 +105,27 @@ def timed(make_all, device: str) -> tuple[Tensor, float]:
 def main(config: Config) -> list[Finding]:
     if config.device == "cpu":
         torch.set_num_threads(1)
-    changes = {"steps": config.training} if config.training else {}
-    changes |= {"size": config.size} if config.size else {}
-    settings = for_device(config.device, **changes)
-    size = settings.size
-    diffusion = train_or_load(settings, config.device)
-    decoder, seconds = trained_decoder(config, size)
-    labels, data = torch.arange(config.count) % 10, pictures("mnist_5k", size)
+    writer = candidate(
+        config.device, config.count, config.judge_steps, size=config.size, steps=config.training
+    )
+    diffusion, judge, labels = writer
+    decoder, seconds = trained_decoder(config, judge.size)
     at_device = labels.to(config.device)
 
     def by_pixels() -> Tensor:
         generator = torch.Generator(config.device).manual_seed(0)
-        return pictures_of(write(decoder, at_device, SHADES, generator).cpu(), size, SHADES)
+        return pictures_of(write(decoder, at_device, SHADES, generator).cpu(), judge.size, SHADES)
 
     def by_diffusion() -> Tensor:
-        return make(diffusion.model, labels, config.count, (1, size, size), steps=25)
+        return writer.made(steps=25)
 
-    judge = Judge(size, config.judge_steps, config.device)
     chance = judge.kernel_floor(min(500, config.count))
     made, took = {}, {}
     made["decoder"], took["decoder"] = timed(by_pixels, config.device)
     made["diffusion"], took["diffusion"] = timed(by_diffusion, config.device)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (decoder, diffusion.model)]
-    test = tokens_of(data.test.pixels, data.test.labels, SHADES).to(config.device)
-    known = tokens_of(data.train.pixels[::4], data.train.labels[::4], SHADES).to(config.device)
+    test = tokens_of(*judge.test, SHADES).to(config.device)
+    known = tokens_of(*(part[::4] for part in judge.train), SHADES).to(config.device)
     test, known = test[: 4 * config.count], known[: 4 * config.count]
     findings = [
         Finding("parameters of the diffusion model", sizes[1]),

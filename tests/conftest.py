@@ -23,7 +23,7 @@ from beartype import BeartypeConf, beartype
 
 # Shapes in signatures are checked while tests run. Not in kernel files: the hook would hide a
 # kernel's helpers from Triton.
-KERNELS = ("_triton", "_hopper", "_hopper_backward")
+KERNELS = ("_triton", "_hopper", "_hopper_forward", "_hopper_backward")
 
 
 def checked_modules() -> list[str]:

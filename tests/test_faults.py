@@ -18,6 +18,7 @@ Run     uv run pytest -m faults
 """
 
 import ast
+import contextlib
 import json
 import os
 import shutil
@@ -61,11 +62,14 @@ class Server:
         command = [sys.executable, "-P", str(SERVER), *imports]
         # This run's own pytest settings (options, xdist's worker) are not the fork's.
         clean = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")}
+        # A file, because a pipe that nobody reads would stop it one day.
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the server
         # A session of its own: Ctrl-C reaches pytest alone, which then closes the server.
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self.said,
             text=True,
             env=clean,
             start_new_session=True,
@@ -73,17 +77,24 @@ class Server:
 
     def run(self, root: Path, tests: list[str], seconds: float = PATIENCE) -> Run:
         """Run the tests (pytest node ids) of the repository at `root`, in a fork of their own."""
-        with tempfile.TemporaryDirectory() as scratch:
+        answer = ""
+        with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(BrokenPipeError):
             request = {"root": str(root), "tests": tests, "scratch": scratch, "seconds": seconds}
             print(json.dumps(request), file=self.process.stdin, flush=True)
             answer = self.process.stdout.readline()
-        assert answer, "the fault server has died: its last words are above"
+        assert answer, f"the fault server has died, and said\n{self.last_words()}"
         return Run(**json.loads(answer))
 
+    def last_words(self) -> str:
+        self.said.seek(0)
+        return "".join(self.said.readlines()[-30:])
+
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has died, with a request unread
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait(timeout=30)
+        self.said.close()
 
 
 class Survived(Exception):
@@ -381,6 +392,26 @@ def test_is_no_kill(made_up, fault, sentence):
     with pytest.raises(Survived, match=sentence):
         made_up.kill(fault)
     assert (made_up.root / "implementations/made_up.py").read_text() == TWICE
+
+
+def test_a_server_that_dies_says_why(tmp_path, monkeypatch):
+    (tmp_path / "dies.py").write_text("raise SystemExit('no such luck')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    server = Server("dies")
+    server.process.wait(timeout=30)
+    with pytest.raises(AssertionError, match="no such luck"):
+        server.run(tmp_path, ["test_nothing.py"])
+    server.close()
+
+
+def test_a_server_does_without_a_package_that_is_not_there(made_up):
+    """It would only have saved time."""
+    server = Server("no_such_package.part", "jaxtyping")
+    Repository(made_up.root, made_up.root.with_name("other"), server).kill(
+        made_up_fault("return 3 * x")
+    )
+    assert "no_such_package" in server.last_words()
+    server.close()
 
 
 def test_undeclared_hang_is_no_kill(made_up):

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "implementations"
 TAKEN = (set(sys.stdlib_module_names) | set(packages_distributions())) - {PACKAGE}
-BACKENDS = ("_triton", "_hopper", "_hopper_backward", "_jax")
+BACKENDS = ("_triton", "_hopper", "_hopper_forward", "_hopper_backward", "_jax")
 # What a file of a folder may import of the package, outside its main(); other folders are free.
 MAY_IMPORT = {
     "lab": {"lab", "sources"},

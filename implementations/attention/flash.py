@@ -269,40 +269,40 @@ def check_flash_inputs(
     Raises:
         ValueError: a sentence with the rule and the value.
     """
-    named = {"query": query, "key": key, "value": value}
     if mask is not None:
         raise ValueError("flash attention hides keys by causal and window, and takes no mask")
-    if min(x.ndim for x in named.values()) < 3:
-        raise ValueError(f"inputs are [..., heads, positions, dim], got {shapes(named)}")
-    if len({x.dtype for x in named.values()}) > 1 or not query.is_floating_point():
-        dtypes = ", ".join(str(x.dtype) for x in named.values())
+    q, k, v = query.shape, key.shape, value.shape
+    if min(len(q), len(k), len(v)) < 3:
+        raise ValueError(f"inputs are [..., heads, positions, dim], got {named(q, k, v)}")
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        dtypes = f"{query.dtype}, {key.dtype}, {value.dtype}"
         raise ValueError(f"query, key and value share one floating-point dtype, got {dtypes}")
-    if len({x.device for x in named.values()}) > 1:
-        devices = ", ".join(str(x.device) for x in named.values())
+    if not query.device == key.device == value.device:
+        devices = f"{query.device}, {key.device}, {value.device}"
         raise ValueError(f"query, key and value are on one device, got {devices}")
-    if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
-        raise ValueError(f"query, key and value have the same batch sizes, got {shapes(named)}")
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"a query and a key have the same dim, got {shapes(named)}")
-    if key.shape[-3:-1] != value.shape[-3:-1]:
-        raise ValueError(f"every key has a value, got {shapes(named)}")
-    if 0 in (*query.shape[-3:], *value.shape[-3:]):
-        raise ValueError(f"there is at least one head, position and dim, got {shapes(named)}")
-    heads, key_heads = query.shape[-3], key.shape[-3]
+    (*batch, heads, queries, dim), (*key_batch, key_heads, keys, key_dim) = q, k
+    *value_batch, value_heads, values, value_dim = v
+    if not batch == key_batch == value_batch:
+        raise ValueError(f"query, key and value have the same batch sizes, got {named(q, k, v)}")
+    if dim != key_dim:
+        raise ValueError(f"a query and a key have the same dim, got {named(q, k, v)}")
+    if (key_heads, keys) != (value_heads, values):
+        raise ValueError(f"every key has a value, got {named(q, k, v)}")
+    if 0 in (heads, queries, dim, key_heads, keys, value_dim):
+        raise ValueError(f"there is at least one head, position and dim, got {named(q, k, v)}")
     if heads % key_heads:
         raise ValueError(f"{key_heads} key heads cannot be shared evenly by {heads} query heads")
-    if causal and query.shape[-2] > key.shape[-2]:
-        asked = f"{query.shape[-2]} > {key.shape[-2]}"
-        raise ValueError(f"causal attention needs queries <= keys, got {asked}")
+    if causal and queries > keys:
+        raise ValueError(f"causal attention needs queries <= keys, got {queries} > {keys}")
     if window is not None and not causal:
         raise ValueError("a window looks back from its query: causal must be True")
     if window is not None and window < 1:
         raise ValueError(f"a window holds at least the query's own token, got {window}")
 
 
-def shapes(named: dict[str, Tensor]) -> str:
-    """For an error's sentence."""
-    return ", ".join(f"{name} {list(x.shape)}" for name, x in named.items())
+def named(query: torch.Size, key: torch.Size, value: torch.Size) -> str:
+    """The shapes, for an error's sentence."""
+    return f"query {list(query)}, key {list(key)}, value {list(value)}"
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from run to run. flash_triton.py computes dQ in a pass of its own, always the sa
 in the order of the matrix unit's registers, so that a warp adds 512 contiguous bytes.
 
 Paper   Shah et al. 2024, arXiv:2407.08608
-Naive   flash.py. Forward: flash_hopper.py
+Naive   flash.py. Forward: flash_hopper_forward.py. Launch with autograd: flash_hopper.py
 Shapes  query, output [..., head, query, dim]    key, value [..., key_head, key, dim]
 Legend  q k v o: tiles of query, key, value, output    d before a name: its gradient
 Run     uv run python implementations/attention/flash_hopper_backward.py
@@ -41,17 +41,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from implementations.attention.flash_hopper import (
-    block_types,
-    flash_attention_hopper,
+from implementations.attention.flash_hopper_forward import (
     make_barriers,
     make_buffers,
-    multiprocessors,
-    tile_at,
     tma_load,
     tma_store,
 )
 from implementations.attention.flash_triton import LOG2_E, empty_like, fetchable, own_tile, tile_of
+from implementations.attention.hopper_tiles import (
+    block_types,
+    launch,
+    multiprocessors,
+    operator,
+    tile_at,
+)
 from implementations.lab.ahead_of_time import Variant
 
 QUERIES = gl.constexpr(64)  # of a block
@@ -60,7 +63,7 @@ KEYS = gl.constexpr(128)  # of a program
 REGISTERS = gl.constexpr(240)  # of a consumer's thread
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "queries"])
 def prepare_kernel(
     output, d_output,  # descriptors [batch, head, query, dim]
     log_sum_exp, d_log_sum_exp,  # pointers [batch, head, query]
@@ -86,7 +89,7 @@ def prepare_kernel(
     tl.store(dq_sum + block * QUERIES * DIM + tl.arange(0, QUERIES * DIM), zeros)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "queries"])
 def finish_kernel(
     dq_sum,  # pointer [batch, head, block, half, 64 * dim / 2]
     d_query,  # pointer [batch, query, head, dim]
@@ -168,9 +171,24 @@ def producer(query, key, value, d_output, sums, buffers, barriers, sizes, CAUSAL
 
 
 @gluon.jit
+def hide(p, key_index, first, position, keys, CAUSAL: gl.constexpr, TAIL: gl.constexpr):
+    """Weights 0 where a key is hidden from a query, the first of which stands at `position`; most
+    blocks hide none."""
+    if CAUSAL:  # noqa: SIM102  one is decided when compiled, one when run
+        if first + KEYS > position + 1:
+            column = gl.arange(0, QUERIES, gl.SliceLayout(0, p.type.layout))
+            p = gl.where(key_index[:, None] <= position + column[None, :], p, 0.0)
+    if TAIL:  # noqa: SIM102  rows of zeros there, whose weights may overflow
+        if first + KEYS > keys:
+            p = gl.where(key_index[:, None] < keys, p, 0.0)
+    return p
+
+
+@gluon.jit
 def consumer(
-    d_key, d_value, dq_sum, buffers, barriers, sizes, scale, CAUSAL: gl.constexpr, OWN: gl.constexpr
-):
+    d_key, d_value, dq_sum, buffers, barriers, sizes, scale,
+    CAUSAL: gl.constexpr, TAIL: gl.constexpr, OFFSET: gl.constexpr, OWN: gl.constexpr,
+):  # fmt: skip
     """dK and dV of half of the keys, half of dQ's columns."""
     q_buffers, k_buffer, v_buffers, do_buffers, sum_buffers, ds_buffers = buffers
     kv_full, q_full, do_full, done = barriers
@@ -202,57 +220,51 @@ def consumer(
     mbarrier.arrive(done.index(0), count=1)
     mbarrier.arrive(done.index(1), count=1)
     mbarrier.wait(kv_full.index(0), 0)
-    count = 0
-    late = plane * group * stop + start  # the block whose dQ is still to be made
-    for member in range(group):
-        for block in range(start, stop):
-            slot, phase = count & 1, count >> 1 & 1
-            q = q_buffers.index(slot).reshape([QUERIES, DIM])
-            do = do_buffers.index(slot).reshape([QUERIES, DIM])
-            mbarrier.wait(q_full.index(slot), phase)
-            s_flying = warpgroup_mma(
-                k_own, q.permute((1, 0)), no_scores, use_acc=False, is_async=True
-            )
-            mbarrier.wait(do_full.index(slot), phase)
-            dp_flying = warpgroup_mma(
-                v_own, do.permute((1, 0)), no_scores, use_acc=False, is_async=True
-            )
-            total = sum_buffers.index(slot).slice(0, QUERIES).load(BY_QUERY)
-            s = warpgroup_mma_wait(1, deps=(s_flying,))
-            p = gl.exp2(s * scale - total[None, :])
-            seen_by_all = keys
-            if CAUSAL:
-                seen_by_all = gl.minimum(keys, block * QUERIES + keys - queries + 1)
-            if first + KEYS > seen_by_all:
-                last_seen = gl.arange(0, QUERIES, BY_QUERY) * 0 + keys - 1
-                if CAUSAL:
-                    position = block * QUERIES + keys - queries + gl.arange(0, QUERIES, BY_QUERY)
-                    last_seen = gl.minimum(last_seen, position)
-                p = gl.where(key_index[:, None] <= last_seen[None, :], p, 0.0)
-            p_left = gl.convert_layout(p.to(narrow), LEFT)
-            dv_flying = warpgroup_mma(p_left, do, dv, is_async=True)
-            less = sum_buffers.index(slot).slice(QUERIES, QUERIES).load(BY_QUERY)
-            dp = warpgroup_mma_wait(1, deps=(dp_flying,))
-            ds = (p * (dp - less[None, :])).to(narrow)
-            mbarrier.wait(done.index(slot ^ 1), (count + 1) >> 1 & 1)  # both are past block j - 1
-            ds_buffers.index(slot).slice(OWN * OWN_KEYS, OWN_KEYS).store(ds)
-            fence_async_shared()
-            ds_late = ds_buffers.index(slot ^ 1).permute((1, 0))
-            dq_flying = warpgroup_mma(ds_late, k_half, no_dq, use_acc=False, is_async=True)
-            dk_flying = warpgroup_mma(gl.convert_layout(ds, LEFT), q, dk, is_async=True)
-            dv, dq = warpgroup_mma_wait(1, deps=(dv_flying, dq_flying))
-            to = dq_sum + late.to(gl.int64) * (QUERIES * DIM) + dq_place
-            gl.atomic_add(to, in_register_order(dq, FOURS), sem="relaxed")
-            dk = warpgroup_mma_wait(0, deps=(dk_flying,))
-            mbarrier.arrive(done.index(slot), count=1)
-            late = (plane * group + member) * stop + block
-            count += 1
-    last = (count + 1) & 1
-    mbarrier.wait(done.index(last), (count + 1) >> 1 & 1)
+    late = plane * group * stop + start  # the block, counted over heads, whose dQ is to be made
+    head = plane * group
+    block = start
+    steps = group * (stop - start)
+    for count in range(steps):
+        slot, phase = count & 1, count >> 1 & 1
+        q = q_buffers.index(slot).reshape([QUERIES, DIM])
+        do = do_buffers.index(slot).reshape([QUERIES, DIM])
+        mbarrier.wait(q_full.index(slot), phase)
+        s_flying = warpgroup_mma(k_own, q.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        mbarrier.wait(do_full.index(slot), phase)
+        dp_flying = warpgroup_mma(
+            v_own, do.permute((1, 0)), no_scores, use_acc=False, is_async=True
+        )
+        total = sum_buffers.index(slot).slice(0, QUERIES).load(BY_QUERY)
+        s = warpgroup_mma_wait(1, deps=(s_flying,))
+        p = gl.exp2(s * scale - total[None, :])
+        p = hide(p, key_index, first, block * QUERIES + keys - queries, keys, CAUSAL, TAIL)
+        p_left = gl.convert_layout(p.to(narrow), LEFT)
+        dv_flying = warpgroup_mma(p_left, do, dv, is_async=True)
+        less = sum_buffers.index(slot).slice(QUERIES, QUERIES).load(BY_QUERY)
+        dp = warpgroup_mma_wait(1, deps=(dp_flying,))
+        ds = (p * (dp - less[None, :])).to(narrow)
+        mbarrier.wait(done.index(slot ^ 1), (count + 1) >> 1 & 1)  # both are past block j - 1
+        ds_buffers.index(slot).slice(OWN * OWN_KEYS, OWN_KEYS).store(ds)
+        fence_async_shared()
+        ds_late = ds_buffers.index(slot ^ 1).permute((1, 0))
+        dq_flying = warpgroup_mma(ds_late, k_half, no_dq, use_acc=False, is_async=True)
+        dk_flying = warpgroup_mma(gl.convert_layout(ds, LEFT), q, dk, is_async=True)
+        dv, dq = warpgroup_mma_wait(1, deps=(dv_flying, dq_flying))
+        to = dq_sum + (late.to(OFFSET) * (QUERIES * DIM) + dq_place)
+        gl.atomic_add(to, in_register_order(dq, FOURS), sem="relaxed")
+        dk = warpgroup_mma_wait(0, deps=(dk_flying,))
+        mbarrier.arrive(done.index(slot), count=1)
+        late = head * stop + block
+        block += 1
+        if block == stop:
+            block = start
+            head += 1
+    last = (steps + 1) & 1
+    mbarrier.wait(done.index(last), (steps + 1) >> 1 & 1)
     ds_late = ds_buffers.index(last).permute((1, 0))
     dq = warpgroup_mma(ds_late, k_half, no_dq, use_acc=False, is_async=True)
     dq = warpgroup_mma_wait(0, deps=(dq,))
-    to = dq_sum + late.to(gl.int64) * (QUERIES * DIM) + dq_place
+    to = dq_sum + (late.to(OFFSET) * (QUERIES * DIM) + dq_place)
     gl.atomic_add(to, in_register_order(dq, FOURS), sem="relaxed")
     place = [plane // key_heads, plane % key_heads, first + OWN * OWN_KEYS, 0]
     v_own.store(dv.to(narrow))  # nobody reads the values any more
@@ -269,7 +281,8 @@ def consumer(
 def backward_kernel(
     query, key, value, d_output, d_key, d_value,  # descriptors [batch, head, row, dim]
     sums, dq_sum,  # pointers, as in prepare_kernel
-    together, key_heads, group, queries, keys, scale, CAUSAL: gl.constexpr,
+    together, key_heads, group, queries, keys, scale,
+    CAUSAL: gl.constexpr, TAIL: gl.constexpr, OFFSET: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and one program for the producer and each consumer."""
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, QUERIES], query.dtype)
@@ -285,8 +298,12 @@ def backward_kernel(
     fence_async_shared()
     gl.warp_specialize([
         (producer, (query, key, value, d_output, sums, buffers, barriers, sizes, CAUSAL)),
-        (consumer, (d_key, d_value, dq_sum, buffers, barriers, sizes, scale, CAUSAL, 0)),
-        (consumer, (d_key, d_value, dq_sum, buffers, barriers, sizes, scale, CAUSAL, 1)),
+        (consumer, (
+            d_key, d_value, dq_sum, buffers, barriers, sizes, scale, CAUSAL, TAIL, OFFSET, 0
+        )),
+        (consumer, (
+            d_key, d_value, dq_sum, buffers, barriers, sizes, scale, CAUSAL, TAIL, OFFSET, 1
+        )),
     ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
 
 
@@ -296,8 +313,7 @@ def heads_together(planes: int, rows: int, dim: int) -> int:
     return next(count for count in range(most, 0, -1) if planes % count == 0)
 
 
-@torch.library.custom_op("ml_studies::flash_attention_hopper_backward", mutates_args=())
-def backward(
+def run_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -314,39 +330,51 @@ def backward(
     d_query, d_key, d_value = (empty_like(x) for x in (query, key, value))
     query, key, value, output, d_output = map(fetchable, (query, key, value, output, d_output))
     given = d_log_sum_exp is not None
-    d_log_sum_exp = d_log_sum_exp.contiguous() if given else log_sum_exp
+    # A fresh copy: the kernel was compiled for pointers that are multiples of 16.
+    d_total = d_log_sum_exp.clone(memory_format=torch.contiguous_format) if given else log_sum_exp
     blocks, group = -(-queries // QUERIES.value), heads // key_heads
     sums = log_sum_exp.new_empty(batch * heads * blocks * 2 * QUERIES.value)
     dq_sum = log_sum_exp.new_empty(batch * heads * blocks * QUERIES.value * dim)
     together = heads_together(batch * key_heads, group * queries, dim)
+    variant = (query.dtype, dim, query.device)
     with torch.cuda.device_of(query):  # Triton launches on the current GPU
-        prepare_kernel[(batch * heads * blocks,)](
-            tile_of(output, QUERIES.value, dim),
-            tile_of(d_output, QUERIES.value, dim),
-            *(log_sum_exp, d_log_sum_exp, sums, dq_sum, heads, queries),
-            GIVEN=given,
-            QUERIES=QUERIES.value,
-            DIM=dim,
-        )
-        backward_kernel[(batch * key_heads * -(-keys // KEYS.value),)](
-            tile_at(query, QUERIES.value),
-            tile_at(key, KEYS.value),
-            tile_at(value, OWN_KEYS.value),
-            tile_at(d_output, QUERIES.value),
-            tile_at(d_key, OWN_KEYS.value),
-            tile_at(d_value, OWN_KEYS.value),
-            *(sums, dq_sum, together, key_heads, group, queries, keys, scale * LOG2_E.value),
-            CAUSAL=causal,
-        )
-        finish_kernel[(batch * heads * blocks, 2)](
-            *(dq_sum, d_query, heads, queries, scale), QUERIES=QUERIES.value, DIM=dim
+        launch(
+            prepare_kernel,
+            (batch * heads * blocks, 1, 1),
+            (
+                tile_of(output, QUERIES.value, dim), tile_of(d_output, QUERIES.value, dim),
+                log_sum_exp, d_total, sums, dq_sum, heads, queries,
+            ),
+            (given, QUERIES.value, dim),
+            variant,
+        )  # fmt: skip
+        launch(
+            backward_kernel,
+            (batch * key_heads * -(-keys // KEYS.value), 1, 1),
+            (
+                tile_at(query, QUERIES.value), tile_at(key, KEYS.value),
+                tile_at(value, OWN_KEYS.value), tile_at(d_output, QUERIES.value),
+                tile_at(d_key, OWN_KEYS.value), tile_at(d_value, OWN_KEYS.value),
+                sums, dq_sum, together, key_heads, group, queries, keys, scale * LOG2_E.value,
+            ),
+            (causal, keys % KEYS.value > 0, gl.int32 if dq_sum.numel() < 2**31 else gl.int64),
+            variant,
+        )  # fmt: skip
+        launch(
+            finish_kernel,
+            (batch * heads * blocks, 2, 1),
+            (dq_sum, d_query, heads, queries, scale),
+            (QUERIES.value, dim),
+            variant,
         )
     return d_query, d_key, d_value
 
 
-@backward.register_fake
-def _(query, key, value, *others):
+def fake_backward(query, key, value, *others):
     return empty_like(query), empty_like(key), empty_like(value)
+
+
+backward = operator("flash_attention_hopper_backward", run_backward, fake_backward)
 
 
 def variants() -> Iterator[Variant]:
@@ -361,11 +389,17 @@ def variants() -> Iterator[Variant]:
         # At dim 128 the sums fill the registers; addresses that every block needs are spilled.
         most = 0 if dim == 64 else 320
         yield Variant(
-            label, backward_kernel, types, {"CAUSAL": causal}, most_spilled=most, capabilities=(90,)
+            label,
+            backward_kernel,
+            types,
+            {"CAUSAL": causal, "TAIL": False, "OFFSET": gl.int32},
+            most_spilled=most,
+            capabilities=(90,),
         )
 
 
 def main() -> None:
+    from implementations.attention.flash_hopper import flash_attention_hopper
     from implementations.attention_basic import attention_naive
     from implementations.lab.compare import assert_same_accuracy
 

@@ -24,6 +24,7 @@ Run     uv run python implementations/attention/flash_triton.py
 import math
 import os
 from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -344,20 +345,27 @@ def tile_of(x: Tensor, rows: int, dim: int) -> TensorDescriptor:
 
 
 def fetchable(x: Tensor) -> Tensor:
-    """`x`, or a copy if the copy engine cannot follow its strides: it wants rows that are
-    contiguous, lie apart and begin at multiples of 16 bytes."""
-    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
-    follows = all(step > 0 and step % 16 == 0 for step in steps) and x.stride(-1) == 1
-    if follows and x.data_ptr() % 16 == 0:
+    """`x`, or a copy if the copy engine cannot follow its strides."""
+    if can_follow(x.stride(), x.dtype.itemsize) and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+@lru_cache(1024)
+def can_follow(strides: tuple[int, ...], itemsize: int) -> bool:
+    """The copy engine wants rows that are contiguous, lie apart and begin at multiples of 16 bytes.
+
+    Kept, because a small launch on a GPU waits for every microsecond of this.
+    """
+    steps = [stride * itemsize for stride in strides[:-1]]
+    return all(step > 0 and step % 16 == 0 for step in steps) and strides[-1] == 1
 
 
 def empty_like(x: Tensor) -> Tensor:
     """Room for a result of x's shape, in memory [batch, row, head, dim]: models join the heads
     next, and then need no copy."""
-    batch, heads, rows, dim = x.shape
-    return x.new_empty(batch, rows, heads, dim).transpose(1, 2)
+    _, heads, rows, dim = x.shape
+    return x.new_empty_strided(x.shape, (rows * heads * dim, dim, heads * dim, 1))
 
 
 def settings(query: Tensor, causal: bool, window: int | None, scale: float) -> dict:
@@ -482,15 +490,17 @@ def remember(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def differentiate(ctx, d_output, d_log_sum_exp):
+def differentiate(backward, ctx, d_output, d_log_sum_exp):
+    """By some backward; an option has no gradient."""
     query, key, value, output, log_sum_exp = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(output)
     saved = (query, key, value, output, log_sum_exp)
-    return *backward(*saved, d_output, d_log_sum_exp, *ctx.options), None, None, None
+    gradients = backward(*saved, d_output, d_log_sum_exp, *ctx.options)
+    return *gradients, *(None for _ in ctx.options)
 
 
-forward.register_autograd(differentiate, setup_context=remember)
+forward.register_autograd(partial(differentiate, backward), setup_context=remember)
 
 
 def flash_attention_triton(

@@ -63,6 +63,8 @@ class Operation:
         cases: by device type, what is measured unless told otherwise.
         backward: time the gradients of all inputs alone, under a random upstream gradient.
         goals: the geometric mean that is hoped for against a peer.
+        parts: kinds of cases whose means are told apart, by the words that a case of theirs ends
+            with ("x128 causal"), each with its own goals.
     """
 
     sizes: str
@@ -75,6 +77,7 @@ class Operation:
     cases: Mapping[str, Sequence[str]]
     backward: bool = False
     goals: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def read(self, text: str) -> Case:
         """A case of this operation.

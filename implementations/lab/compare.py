@@ -103,13 +103,23 @@ def assert_same_function(
 
 
 def assert_same_accuracy(
-    fast: Callable, naive: Callable, *inputs: Tensor, slack: float = 2.0, known: float = 0.0
+    fast: Callable,
+    naive: Callable,
+    *inputs: Tensor,
+    slack: float = 2.0,
+    known: float = 0.0,
+    floor: Callable[..., Sequence[Tensor]] | None = None,
 ) -> None:
     """`fast` is at most `slack` times as wrong as `naive`, in the largest error and in the mean.
 
-    `known` is allowed besides, relative to the answer's largest value and to its mean size: the
-    documented error of an instruction that naive does not use. Where `naive` overflows, nothing can
-    be said about `fast`, and that fails too.
+    Where `naive` overflows, nothing can be said about `fast`, and that fails too.
+
+    Args:
+        known: allowed besides, relative to the answer's largest value and to its mean size: the
+            documented error of an instruction that naive does not use.
+        floor: of the widened inputs and the upstream gradient, what each value of the output and
+            of every gradient may be wrong by in any order of its sums: no limit is below it. It is
+            for answers that cancel to zero, which naive may hit by luck.
 
     Raises:
         AssertionError: naming the output or the gradient that is too wrong.
@@ -119,14 +129,16 @@ def assert_same_accuracy(
     exact = outputs_and_gradients(naive, wide, upstream)
     own = outputs_and_gradients(naive, inputs, upstream)
     got = outputs_and_gradients(fast, inputs, upstream)
-    for name, fast_value, naive_value, exact_value in zip(
-        names(exact), got, own, exact, strict=True
+    least = map(torch.zeros_like, exact) if floor is None else floor(*wide, upstream.double())
+    for name, fast_value, naive_value, exact_value, floor_value in zip(
+        names(exact), got, own, exact, least, strict=True
     ):
         assert fast_value.dtype == naive_value.dtype, f"{name}: {fast_value.dtype}"
         limit = allowed(naive_value, exact_value, slack)
         if known and exact_value.numel():
             size = known * magnitude(exact_value)
             limit = Error(limit.largest + size.max().item(), limit.mean + size.mean().item())
+        limit = Error(*map(max, limit, error(floor_value, torch.zeros_like(floor_value))))
         seen = error(fast_value, exact_value)
         for kind, wrong, most in zip(Error._fields, seen, limit, strict=True):
             assert wrong <= most < torch.inf, f"{name}: {kind} error {wrong:.2e} over {most:.2e}"

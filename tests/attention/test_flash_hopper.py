@@ -11,14 +11,17 @@ import sys
 import pytest
 import torch
 
+from implementations.attention import flash_hopper
 from implementations.attention.flash import check_flash_inputs
-from implementations.attention.flash_hopper import flash_attention_hopper
+from implementations.attention.flash_hopper import flash_attention_hopper, plan
 from implementations.attention.flash_hopper_backward import (
     finish_kernel,
     heads_together,
     prepare_kernel,
 )
+from implementations.attention.flash_hopper_forward import KEYS, ROWS
 from implementations.attention.flash_triton import empty_like, tile_of
+from implementations.attention.hopper_tiles import COMPILED, launch, tile_at
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = [torch.zeros(1, 2, 8, 64, dtype=torch.bfloat16) for _ in range(3)]
@@ -93,6 +96,59 @@ def test_finish_undoes_the_order_of_the_registers(dim):
         flat.to(DEVICE), d_query, heads, queries, 0.5, QUERIES=64, DIM=dim
     )
     torch.testing.assert_close(d_query.cpu(), (exact[:, :, :queries] * 0.5).half())
+
+
+def test_a_descriptor_is_made_once_for_an_address_and_what_lies_there():
+    x = torch.zeros(2, 3, 200, 64, dtype=torch.bfloat16)
+    tile = tile_at(x, KEYS.value)
+    assert tile is tile_at(x.view_as(x), KEYS.value)
+    assert tile.base.data_ptr() == x.data_ptr() and tile.strides == [38400, 12800, 64, 1]
+    others = x.half(), x[:, :, 1:], x[:, :, :-1], x.transpose(0, 1), x.view(torch.float16)
+    assert all(tile is not tile_at(other, KEYS.value) for other in others)
+    assert tile is not tile_at(x, ROWS.value)
+
+
+def test_a_kernel_is_looked_up_once_for_its_constants_and_variant(monkeypatch):
+    calls = []
+
+    class Kernel:
+        __name__ = "made_up"
+
+        def __getitem__(self, grid):
+            def run(*arguments):
+                calls.append(("triton", grid, *arguments))
+                return {(2, 1, 1): lambda *arguments: calls.append(("kept", *arguments))}
+
+            return run
+
+    for number, constants, variant in [
+        (1, (True,), "bf16"), (2, (True,), "bf16"), (3, (False,), "bf16"), (4, (True,), "fp16"),
+        (5, (True,), "bf16"),
+    ]:  # fmt: skip
+        launch(Kernel(), (2, 1, 1), (number,), constants, variant)
+    by_triton = [call[2] for call in calls if call[0] == "triton"]
+    assert by_triton == [1, 3, 4]
+    assert [call for call in calls if call[0] == "kept"] == [("kept", 2, True), ("kept", 5, True)]
+    for key in [key for key in COMPILED if key[0] == "made_up"]:
+        del COMPILED[key]
+
+
+@pytest.mark.parametrize(
+    "shape, causal, programs, tiles, paired, consumers",
+    [
+        ((1, 2, 100, 128), True, 2, 2, False, 2),  # fewer tiles than the GPU has multiprocessors
+        ((4, 16, 4096, 128), True, 132, 2048, True, 2),
+        ((4, 16, 4096, 128), False, 132, 2048, False, 2),
+        ((1, 16, 16384, 128), True, 2048, 2048, False, 2),  # long: a program for each
+        ((1, 32, 16384, 64), False, 132, 32 * 86, False, 3),
+        ((4, 32, 4097, 64), False, 132, 128 * 33, False, 2),
+    ],
+)
+def test_plans(shape, causal, programs, tiles, paired, consumers, monkeypatch):
+    monkeypatch.setattr(flash_hopper, "multiprocessors", lambda device: 132)
+    made = plan.__wrapped__(shape, shape, causal, "cuda")
+    assert made.grid == (programs, 1, 1) and made.sizes[0] == tiles
+    assert made.constants[:3] == (causal, paired, consumers)
 
 
 @pytest.mark.parametrize("planes, rows, together", [(16, 16384, 1), (64, 4096, 4), (6, 1024, 6)])

@@ -303,3 +303,15 @@ def test_a_known_error_is_allowed_on_top_and_no_more():
     assert_same_accuracy(wrong, lambda x: 2 * x, x, known=1.01e-3)
     with pytest.raises(AssertionError, match="error"):
         assert_same_accuracy(wrong, lambda x: 2 * x, x, known=0.5e-3)
+
+
+def test_a_floor_is_the_least_limit_and_adds_nothing_to_a_larger_one():
+    """Naive's x - x is zero by luck. A floor below the rounding that is allowed allows no more."""
+    x = torch.rand(1000) + 1
+    off = lambda x: x - x + 1e-6  # noqa: E731
+    floor = lambda size: lambda x, upstream: (torch.full_like(x, size), torch.zeros_like(x))  # noqa: E731
+    assert_same_accuracy(off, lambda x: x - x, x, floor=floor(1.01e-6))
+    with pytest.raises(AssertionError, match="output"):
+        assert_same_accuracy(off, lambda x: x - x, x, floor=floor(0.99e-6))
+    with pytest.raises(AssertionError, match="output"):
+        assert_same_accuracy(lambda x: x + 2e-7, lambda x: x + 0, x, floor=floor(1e-8))

@@ -37,7 +37,7 @@ def test_same_accuracy(shape, dtype):
     ours = packed(stored)
     exact = matrix_vector(stored, x.double())
     got, limit = matrix_vector_triton(ours, x), allowed(matrix_vector(stored, x), exact)
-    # The kernel takes (2⁸ + zero) · Σ x away at last: float32's rounding of what is that much larger.
+    # The kernel takes (2⁸ + zero) · Σ x away at last: float32's rounding of what is so much larger.
     size = (
         (2**8 + 15)
         * 2.0**-24

@@ -79,7 +79,9 @@ def train(name: str, seed: int, config: Config) -> list[float]:
     decoder.to(config.device)
     context = nullcontext()
     if name in ("bf16", "fp16"):
-        context = Autocast(POLICIES[config.device], torch.bfloat16 if name == "bf16" else torch.float16)
+        context = Autocast(
+            POLICIES[config.device], torch.bfloat16 if name == "bf16" else torch.float16
+        )
     parameters = list(decoder.parameters())
     state = init(adamw_init(parameters), 2.0**16 if name == "fp16" else 1.0)
     # Without fp16 the scale stays at one, and a step that is not finite is still skipped.

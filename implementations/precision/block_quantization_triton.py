@@ -29,7 +29,10 @@ from implementations.precision.block_quantization import Quantized, unpack_nibbl
 EIGHT = 8  # weights in 32 bits
 # The bits of 1.0: an argument, for as a constant it costs each word one more instruction.
 ONE = 0x3F800000
-ROWS, WIDTH, WARPS = 8, 128, 1  # rows, 32-bit words of a row
+# Rows, 32-bit words of a row, warps. On an H200 a stack of 7B's layers went at 0.45 of a copy's
+# speed; at 0.44 with (8, 256, 2), 0.42 with (16, 512, 4), 0.40 with (8, 128, 1), 0.22 with
+# (8, 1024, 8).
+ROWS, WIDTH, WARPS = 8, 512, 4
 
 
 class Packed(NamedTuple):

@@ -47,8 +47,8 @@ class Config:
     layers: int = 2
     batch: int = 8
     length: int = 64
-    steps: int = 80
-    seeds: int = 2
+    steps: int = 240
+    seeds: int = 3
     learning_rate: float = 3e-3
     processes: int = 1
     """runs at the same time"""

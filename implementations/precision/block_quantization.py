@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits: neighbours share a scale, and each keeps a small whole number.
+"""Weights in 8 to 2 bits: neighbours share a scale, and each keeps a small whole number.
 
     weight ≈ scale · (word - zero)            word = round(weight / scale) + zero, within its bits
 
@@ -27,7 +27,7 @@ class Quantized(NamedTuple):
     """Weights as stored."""
 
     words: UInt8[Tensor, "*batch groups bytes"]
-    """one a byte, or two"""
+    """two a byte where they have 4 bits, else one"""
     scale: Float16[Tensor, "*batch groups"]
     zero: UInt8[Tensor, "*batch groups"]
     """the word that means zero"""
@@ -40,11 +40,23 @@ def quantize(
     """Round each weight to the nearest word of its group. A group of zeros keeps a scale of zero.
 
     Raises:
-        ValueError: bits other than 8 and 4, a width that groups do not fill, an odd group of
+        ValueError: bits other than 8, 4, 3 and 2, a width that groups do not fill, an odd group of
             4 bits, weights that are not finite, or a scale past fp16's 65,504.
     """
     check(weight, bits, group)
     groups = weight.float().unflatten(-1, (-1, group))
+    scale, zero = grid(groups, bits, symmetric=symmetric)
+    return assembled(nearest_words(groups, scale, zero, bits), scale, zero, bits)
+
+
+def grid(
+    groups: Float[Tensor, "*groups group"], bits: int, *, symmetric: bool = False
+) -> tuple[Float16[Tensor, "*groups"], Float[Tensor, "*groups"]]:
+    """The scale of each group, as fp16 keeps it, and the word that means zero.
+
+    Raises:
+        ValueError: a scale past fp16's 65,504.
+    """
     highest = 2**bits - 1
     if symmetric:
         scale = groups.abs().amax(-1) / (2 ** (bits - 1) - 1)
@@ -54,18 +66,33 @@ def quantize(
         scale = high / highest - low / highest
     scale = scale.half()
     if scale.isinf().any():
-        raise ValueError(f"a scale passes fp16's 65504: weights go up to {weight.abs().max()}")
-    # A scale of zero: the weights are zero, or less than fp16 can scale, and all words are zero's.
-    divisor = torch.where(scale > 0, scale.float(), torch.inf)
+        raise ValueError(f"a scale passes fp16's 65504: weights go up to {groups.abs().max()}")
     if symmetric:
-        zero = torch.full_like(divisor, 2 ** (bits - 1))
-    else:
-        zero = torch.round(-low / divisor).clamp(0, highest)
-    words = torch.round(groups / divisor[..., None]) + zero[..., None]
-    words = words.clamp(0, highest).to(torch.uint8)
-    if bits == 4:
-        words = pack_nibbles(words)
-    return Quantized(words, scale, zero.to(torch.uint8), bits)
+        return scale, torch.full_like(scale, 2 ** (bits - 1), dtype=groups.dtype)
+    return scale, torch.round(-low / divisor(scale, groups.dtype)).clamp(0, highest)
+
+
+def divisor(scale: Float16[Tensor, "*groups"], dtype: torch.dtype) -> Float[Tensor, "*groups"]:
+    """The scale; infinity for a scale of zero: the weights are zero, or less than fp16 can scale,
+    and all words are zero's."""
+    return torch.where(scale > 0, scale.to(dtype), torch.inf)
+
+
+def nearest_words(
+    groups: Float[Tensor, "*groups group"],
+    scale: Float16[Tensor, "*groups"],
+    zero: Float[Tensor, "*groups"],
+    bits: int,
+) -> Float[Tensor, "*groups group"]:
+    """Each weight's word, as a float."""
+    words = torch.round(groups / divisor(scale, groups.dtype)[..., None]) + zero[..., None]
+    return words.clamp(0, 2**bits - 1)
+
+
+def assembled(words: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Quantized:
+    """Words that are floats, as they are stored."""
+    words = words.to(torch.uint8)
+    return Quantized(pack_nibbles(words) if bits == 4 else words, scale, zero.to(torch.uint8), bits)
 
 
 def dequantize(quantized: Quantized) -> Float32[Tensor, "*batch width"]:
@@ -83,6 +110,15 @@ def matrix_vector(quantized: Quantized, x: Float[Tensor, " width"]) -> Float[Ten
     return (dequantize(quantized).to(wide) @ x.to(wide)).to(x.dtype)
 
 
+def stored_bytes(quantized: Quantized) -> float:
+    """What the words take when packed, with 3 bytes a group: an fp16 scale and the zero.
+
+    Words of 3 and 2 bits lie one a byte here, for reading; a file would pack them as those of 4.
+    """
+    each = 2 if quantized.bits == 4 else 1
+    return quantized.words.numel() * each * quantized.bits / 8 + 3 * quantized.scale.numel()
+
+
 def pack_nibbles(words: UInt8[Tensor, "*batch group"]) -> UInt8[Tensor, "*batch bytes"]:
     """Two words below 16 a byte: the first half of the last axis low, the second half high."""
     low, high = words.chunk(2, -1)
@@ -96,8 +132,8 @@ def unpack_nibbles(packed: UInt8[Tensor, "*batch bytes"]) -> UInt8[Tensor, "*bat
 
 def check(weight: Tensor, bits: int, group: int) -> None:
     """Raise ValueError unless `quantize` can do what it is asked."""
-    if bits not in (4, 8):
-        raise ValueError(f"weights are quantized to 8 or 4 bits, got {bits}")
+    if bits not in (2, 3, 4, 8):
+        raise ValueError(f"weights are quantized to 8, 4, 3 or 2 bits, got {bits}")
     if group < 1 or weight.shape[-1] % group:
         raise ValueError(f"groups of {group} do not fill a width of {weight.shape[-1]}")
     if bits == 4 and group % 2:

@@ -257,10 +257,12 @@ def product_scaled_mm(
 
 
 def laid_out(scaled: Scaled) -> Float32[Tensor, "row column"]:
-    """The scales of blocks as cuBLAS reads them: those of 1 x 128 blocks with the rows dense."""
+    """The scales of blocks as cuBLAS reads them: of 1 x 128 blocks with the rows dense; of squares
+    with rows that begin a multiple of four apart, which torch does not check."""
     if scaled.block[0] == 1:
         return scaled.inverse.mT.contiguous().mT
-    return scaled.inverse
+    columns = scaled.inverse.shape[1]
+    return pad(scaled.inverse, (0, -columns % 4))[:, :columns]
 
 
 class ScaledProduct(torch.autograd.Function):

@@ -146,7 +146,7 @@ def test_a_scale_among_fp16s_subnormals_stays_within_its_words():
 
 
 BAD = {
-    "bits": (torch.ones(8), 3, 4, "8 or 4 bits"),
+    "bits": (torch.ones(8), 5, 4, "8, 4, 3 or 2 bits"),
     "width": (torch.ones(9), 8, 4, "do not fill"),
     "no group": (torch.ones(8), 8, 0, "do not fill"),
     "odd group": (torch.ones(9), 4, 3, "even"),

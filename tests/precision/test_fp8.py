@@ -156,6 +156,28 @@ def test_product_is_scaled_mms(sizes, kinds):
     assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + limit).all()
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("sizes", [(128, 128, 128), (256, 384, 512), (1024, 256, 768)], ids=str)
+@pytest.mark.parametrize("block", [(1, 128), (128, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_product_of_blocks_is_the_emulations(sizes, block, dtype):
+    """Scales that differ by 2^12 from block to block: one that is read from a wrong place shows."""
+    rows, columns, inner = sizes
+
+    def uneven(height, width):
+        spread = torch.randint(-6, 7, (-(-height // 128), -(-width // 128)), device=DEVICE)
+        sizes = torch.exp2(spread.float()).repeat_interleave(128, 0).repeat_interleave(128, 1)
+        return torch.randn(height, width, device=DEVICE) * sizes[:height, :width]
+
+    left = quantize_blocks(uneven(rows, inner), E4M3)[0]
+    right = quantize_blocks(uneven(columns, inner), E4M3, block)[0]
+    exact = dequantize(left).double() @ dequantize(right).double().T
+    size = dequantize(left).abs().double() @ dequantize(right).abs().double().T
+    got = product_scaled_mm(left, right, dtype)
+    limit = 128**0.5 * 2.0**-12 * size + torch.finfo(dtype).eps * exact.abs()
+    assert got.dtype is dtype and ((got.double() - exact).abs() <= limit).all()
+
+
 def test_scaled_mm_refuses_in_words():
     def scaled(rows, inner, dtype=E4M3):
         return Scaled(torch.zeros(rows, inner).to(dtype), torch.tensor(1.0))

@@ -107,14 +107,15 @@ def products(config: Config) -> list[Finding]:
 
 def recipes(config: Config) -> dict[str, Callable]:
     """New recipes: the equations on a CPU, the kernel and the tensor cores on a GPU."""
-    if config.device == "cpu":
-        how = {"product": product_naive}
-    else:
+    how = {name: {"product": product_naive} for name in ("delayed", "current", "block")}
+    if config.device != "cpu":
         fast = partial(product_scaled_mm, fast_accumulation=True)
-        how = {"product": fast, "quantize": quantize_both_triton}
-        how["quantize_blocks"] = quantize_blocks_triton
-    names = ("delayed", "current") + (("block",) if config.device == "cpu" else ())
-    return {name: partial(make_recipe, name, **how) for name in names}
+        for name in ("delayed", "current"):
+            how[name] = {"product": fast, "quantize": quantize_both_triton}
+        # cuBLAS adds up blocks in float32 alone.
+        kernel = {"quantize_blocks": quantize_blocks_triton}
+        how["block"] = {"product": product_scaled_mm, **kernel}
+    return {name: partial(make_recipe, name, **options) for name, options in how.items()}
 
 
 def products_of(layer: nn.Module, x: Tensor, upstream: Tensor) -> None:
@@ -131,7 +132,8 @@ def linear_layers(config: Config) -> list[Finding]:
         upstream = torch.randn(config.tokens, outputs, device=config.device, dtype=torch.bfloat16)
         linear = nn.Linear(config.size, outputs, bias=False, device=config.device).bfloat16()
         layers = {"bf16": linear}
-        layers |= {name: Fp8Linear(linear, new()) for name, new in recipes(config).items()}
+        for name, new in recipes(config).items():
+            layers[name] = Fp8Linear(linear, new()).to(config.device)  # delayed scaling's history
 
         calls = {name: partial(products_of, layer) for name, layer in layers.items()}
         timings = time_interleaved(calls, x, upstream, rounds=config.rounds)

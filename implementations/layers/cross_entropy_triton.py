@@ -34,29 +34,35 @@ from implementations.layers.row_tiles import (
     check_rows,
     launch,
     power_of_two,
+    resident_programs,
     wide_dtype,
 )
 
-BLOCK, WARPS, EACH = 8192, 16, 8
+BLOCK, WARPS, EACH = 16384, 32, 8
+EACH_PROCESSOR = 1
 THREADS = 32 * WARPS
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def power(value, base):
-    """exp(value - base): one multiplication and sum, and the power of two that a GPU has."""
-    return tl.exp2(value * LOG2_E - base * LOG2_E)
+def join(value, maximum, total):
+    """Every thread's maximum, and its sum of powers relative to it, with another block of numbers.
+
+    Maxima are counted in powers of two: exp(value - maximum) is then one multiplication and sum and
+    the one power that a GPU has.
+    """
+    value = value.to(maximum.dtype)
+    largest = tl.max(tl.max(value, axis=2, keep_dims=True), axis=0, keep_dims=True)
+    largest = tl.maximum(maximum, largest * LOG2_E)
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    powers = tl.exp2(value * LOG2_E - base)
+    powers = tl.sum(tl.sum(powers, axis=2, keep_dims=True), axis=0, keep_dims=True)
+    return largest, total * tl.exp2(maximum - base) + powers
 
 
 @triton.jit
-def join(value, maximum, total):
-    """Every thread's maximum and sum of powers relative to it, with another block of numbers."""
-    value = value.to(maximum.dtype)
-    largest = tl.max(tl.max(value, axis=2, keep_dims=True), axis=0, keep_dims=True)
-    largest = tl.maximum(maximum, largest)
-    base = tl.where(largest == float("-inf"), 0.0, largest)
-    powers = tl.sum(tl.sum(power(value, base), axis=2, keep_dims=True), axis=0, keep_dims=True)
-    return largest, total * power(maximum, base) + powers
+def load_block(row, column, vocabulary):
+    return tl.load(row + column, (column >= 0) & (column < vocabulary), float("-inf"))
 
 
 @triton.jit
@@ -66,6 +72,7 @@ def cross_entropy_kernel(
     upstream,
     losses,
     gradient,
+    rows,
     vocabulary,
     logits_stride,
     gradient_stride,
@@ -79,52 +86,55 @@ def cross_entropy_kernel(
 ):
     BLOCK: tl.constexpr = GROUPS * THREADS * EACH
     wide = losses.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * logits_stride
-    gradient += row * gradient_stride
     # EACH neighbours in a thread, THREADS of them side by side, and that GROUPS times.
     lane = tl.arange(0, GROUPS)[:, None, None] * THREADS + tl.arange(0, THREADS)[None, :, None]
     lane = lane * EACH + tl.arange(0, EACH)[None, None, :]
-    target = tl.load(targets + row)
-    if target == ignore_index:
-        tl.store(losses + row, 0.0)
-        if GRADIENT:
-            for start in range(0, vocabulary, BLOCK):
-                column = start + lane
-                tl.store(gradient + column, tl.zeros_like(column).to(wide), column < vocabulary)
-        return
-    # Outside the vocabulary is no address to read: that row's loss is NaN.
-    known = (target >= 0) & (target < vocabulary)
-    chosen = tl.load(logits + target, known, float("nan")).to(wide)
-    maximum = tl.full([1, THREADS, 1], float("-inf"), wide)
-    total = tl.zeros([1, THREADS, 1], wide)
-    value = tl.load(logits + lane, lane < vocabulary, float("-inf"), eviction_policy="evict_last")
-    for start in range(BLOCK, vocabulary, BLOCK):
-        column = start + lane
-        ahead = tl.load(
-            logits + column, column < vocabulary, float("-inf"), eviction_policy="evict_last"
-        )
-        maximum, total = join(value, maximum, total)
-        value = ahead
-    maximum, total = join(value, maximum, total)
-    largest = tl.max(maximum)
-    base = tl.where(largest == float("-inf"), 0.0, largest)
-    normalizer = largest + tl.log(tl.sum(total * power(maximum, base)))
-    tl.store(losses + row, normalizer - chosen + Z_LOSS * normalizer * normalizer)
-    if GRADIENT:
-        factor = tl.load(upstream + row * upstream_stride).to(wide)
-        weight = factor * (1 + 2 * Z_LOSS * normalizer)
-        for piece in range(tl.cdiv(vocabulary, BLOCK) - 1, -1, -1):
-            column = piece * BLOCK + lane
-            before = column - BLOCK
-            ahead = tl.load(
-                logits + before, before >= 0, float("-inf"), eviction_policy="evict_first"
-            )
-            slope = weight * power(value.to(wide), normalizer)
-            tl.store(gradient + column, slope, column < vocabulary, cache_modifier=".cs")
-            value = ahead
-        tl.debug_barrier()  # the target's number is written a second time, by whichever thread
-        tl.store(gradient + target, weight * power(chosen, normalizer) - factor, known)
+    last = (tl.cdiv(vocabulary, BLOCK) - 1) * BLOCK
+    first, step = tl.program_id(0), tl.num_programs(0)
+    value = load_block(logits + tl.cast(first, tl.int64) * logits_stride, lane, vocabulary)
+    for row in range(first, rows, step):
+        source = logits + tl.cast(row, tl.int64) * logits_stride
+        result = gradient + tl.cast(row, tl.int64) * gradient_stride
+        following = logits + tl.cast(tl.minimum(row + step, rows - 1), tl.int64) * logits_stride
+        target = tl.load(targets + row)
+        if target == ignore_index:
+            tl.store(losses + row, 0.0)
+            if GRADIENT:
+                for start in range(0, vocabulary, BLOCK):
+                    column = start + lane
+                    tl.store(result + column, tl.zeros_like(column).to(wide), column < vocabulary)
+            value = load_block(following, lane, vocabulary)
+        else:
+            # Outside the vocabulary is no address to read: that row's loss is NaN.
+            known = (target >= 0) & (target < vocabulary)
+            chosen = tl.load(source + target, known, float("nan")).to(wide)
+            maximum = tl.full([1, THREADS, 1], float("-inf"), wide)
+            total = tl.zeros([1, THREADS, 1], wide)
+            for start in range(BLOCK, vocabulary, BLOCK):
+                ahead = load_block(source, start + lane, vocabulary)
+                maximum, total = join(value, maximum, total)
+                value = ahead
+            if GRADIENT:  # which walks back
+                ahead = load_block(source, last - BLOCK + lane, vocabulary)
+            maximum, total = join(value, maximum, total)
+            largest = tl.max(maximum)
+            base = tl.where(largest == float("-inf"), 0.0, largest)
+            binary = largest + tl.log2(tl.sum(total * tl.exp2(maximum - base)))
+            normalizer = binary / LOG2_E
+            tl.store(losses + row, normalizer - chosen + Z_LOSS * normalizer * normalizer)
+            if GRADIENT:
+                factor = tl.load(upstream + row * upstream_stride).to(wide)
+                weight = factor * (1 + 2 * Z_LOSS * normalizer)
+                for back in range(0, vocabulary, BLOCK):
+                    column = last - back + lane
+                    slope = weight * tl.exp2(value.to(wide) * LOG2_E - binary)
+                    tl.store(result + column, slope, column < vocabulary, cache_modifier=".cs")
+                    value = ahead
+                    ahead = load_block(source, last - back - 2 * BLOCK + lane, vocabulary)
+                tl.debug_barrier()  # the target is written once more, by whichever thread
+                own = weight * tl.exp2(chosen * LOG2_E - binary) - factor
+                tl.store(result + target, own, known)
+            value = load_block(following, lane, vocabulary)
 
 
 def launch_rows(
@@ -136,7 +146,7 @@ def launch_rows(
     ignore_index: int,
     z_loss: float,
 ) -> None:
-    """One program a row. `upstream` has one number a row, or one for all."""
+    """`upstream` has one number a row, or one for all."""
     rows, vocabulary = logits.shape
     written = logits if gradient is None else gradient
     block = min(BLOCK, power_of_two(vocabulary))
@@ -145,12 +155,13 @@ def launch_rows(
     threads = min(32 * warps, block // each)
     launch(
         cross_entropy_kernel,
-        (rows,),
+        (resident_programs(logits, rows, EACH_PROCESSOR),),
         logits,
         targets.contiguous(),
         upstream,
         losses,
         written,
+        rows,
         vocabulary,
         logits.stride(0),
         written.stride(0),
@@ -286,7 +297,7 @@ def check_targets(logits: Tensor, targets: Tensor, z_loss: float) -> None:
 def variants() -> Iterator[Variant]:
     """bfloat16 logits, with the gradient."""
     pointers = {"logits": "*bf16", "targets": "*i64", "upstream": "*fp32", "losses": "*fp32"}
-    strides = ("vocabulary", "logits_stride", "gradient_stride")
+    strides = ("rows", "vocabulary", "logits_stride", "gradient_stride")
     types = pointers | {"gradient": "*bf16"} | dict.fromkeys(strides, "i32")
     constants = {"upstream_stride": 1, "Z_LOSS": 1e-4, "GRADIENT": True}
     constants |= {"GROUPS": BLOCK // THREADS // EACH, "THREADS": THREADS, "EACH": EACH}

@@ -147,7 +147,14 @@ def linear_cross_entropy_triton(
 def variants() -> Iterator[Variant]:
     """The one kernel, as it is launched from here: one upstream number for all rows."""
     pointers = {"logits": "*bf16", "targets": "*i64", "upstream": "*fp32", "losses": "*fp32"}
-    integers = ("vocabulary", "logits_stride", "gradient_stride", "upstream_stride", "ignore_index")
+    integers = (
+        "rows",
+        "vocabulary",
+        "logits_stride",
+        "gradient_stride",
+        "upstream_stride",
+        "ignore_index",
+    )
     types = pointers | {"gradient": "*bf16"} | dict.fromkeys(integers, "i32")
     constants = {"Z_LOSS": 0.0, "GRADIENT": True, "THREADS": THREADS, "EACH": EACH}
     constants |= {"GROUPS": BLOCK // THREADS // EACH}

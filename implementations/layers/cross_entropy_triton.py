@@ -6,10 +6,17 @@
                   logit_j' = upstream · (share_j (1 + 2 z normalizer) - [j = target])
 
 The second walk may write where the first has read: `cross_entropy_in_place` turns the logits into
-their own gradient. From where? A row of 131,072 bfloat16 logits is 256 KB. With 8 warps
-of 64 registers, four programs share each of the 132 multiprocessors of an H200, so 528 rows are at
-work: 138 MB, over an L2 cache of 50 MB. Both walks then read memory, 3 n b instead of the floor's
-2 n b, which bounds the share of a copy's speed by 0.67; 0.63 was measured for 8,192 such rows.
+their own gradient. Its floor, one read and one write, asks for three things.
+
+    cache          What is read twice must be found in the L2 cache (50 MB on an H200) or memory is
+                   read twice, which bounds the share of a copy's speed by 2/3. So few rows are at
+                   work, 132 of 256 KB or 264 of 100 KB, and the second walk goes backwards, from
+                   what was read last; its first block is still in registers.
+    instructions   At a copy's speed a multiprocessor has 28 for a logit. With exp and a comparison
+                   for the target both walks took 30; with exp2, whose factor is part of the sum
+                   before it, and the target written apart, 17.
+    requests       A program asks for a block before it works on the one before, in the next row
+                   too: few live, and nobody else would.
 
 Paper   in-place gradient: Hsu et al. 2024 (Liger), arXiv:2410.10989
 Floor   bytes, for n logits of b bytes: loss n b, loss and gradient 2 n b
@@ -38,9 +45,8 @@ from implementations.layers.row_tiles import (
     wide_dtype,
 )
 
-BLOCK, WARPS, EACH = 16384, 32, 8
-EACH_PROCESSOR = 1
-THREADS = 32 * WARPS
+WARPS = 32  # at work on a multiprocessor
+NUMBERS, EACH = 16, 8  # of a thread: in a block, and of these side by side
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -137,6 +143,18 @@ def cross_entropy_kernel(
             value = load_block(following, lane, vocabulary)
 
 
+def row_warps(logits: Tensor, gradient: Tensor | None) -> int:
+    """Warps on a row: the more, the fewer rows are at work, and an L2 cache must hold them.
+
+    On an H200, of a copy's speed, by versions in which every row had its own program: loss and
+    gradient of 131,072 bfloat16 logits 0.78 with 32 warps, 0.75 with 16, 0.65 with 8; of 50,304
+    0.60 with 32 (and 16 numbers a thread), 0.80 with 16. The loss alone: 1.05 with 8, 0.97 with 16.
+    """
+    if gradient is None:
+        return 8
+    return 16 if logits.shape[1] * logits.element_size() <= 2**17 else 32
+
+
 def launch_rows(
     logits: Tensor,
     targets: Tensor,
@@ -149,13 +167,13 @@ def launch_rows(
     """`upstream` has one number a row, or one for all."""
     rows, vocabulary = logits.shape
     written = logits if gradient is None else gradient
-    block = min(BLOCK, power_of_two(vocabulary))
-    warps = min(WARPS, ceil_divide(block, BLOCK // WARPS))
-    each = min(EACH, block)
+    whole = power_of_two(vocabulary)
+    warps = min(row_warps(logits, gradient), ceil_divide(whole, 32 * NUMBERS))
+    block, each = min(32 * warps * NUMBERS, whole), min(EACH, whole)
     threads = min(32 * warps, block // each)
     launch(
         cross_entropy_kernel,
-        (resident_programs(logits, rows, EACH_PROCESSOR),),
+        (resident_programs(logits, rows, WARPS // warps),),
         logits,
         targets.contiguous(),
         upstream,
@@ -300,7 +318,7 @@ def variants() -> Iterator[Variant]:
     strides = ("rows", "vocabulary", "logits_stride", "gradient_stride")
     types = pointers | {"gradient": "*bf16"} | dict.fromkeys(strides, "i32")
     constants = {"upstream_stride": 1, "Z_LOSS": 1e-4, "GRADIENT": True}
-    constants |= {"GROUPS": BLOCK // THREADS // EACH, "THREADS": THREADS, "EACH": EACH}
+    constants |= {"GROUPS": NUMBERS // EACH, "THREADS": 32 * WARPS, "EACH": EACH}
     types |= {"ignore_index": "i32"}
     yield Variant("loss and gradient", cross_entropy_kernel, types, constants, WARPS)
 

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from implementations.lab.ahead_of_time import Variant
 from implementations.layers.cross_entropy_triton import (
-    BLOCK,
     EACH,
-    THREADS,
+    NUMBERS,
     WARPS,
     check_targets,
     cross_entropy_in_place_op,
@@ -156,8 +155,8 @@ def variants() -> Iterator[Variant]:
         "ignore_index",
     )
     types = pointers | {"gradient": "*bf16"} | dict.fromkeys(integers, "i32")
-    constants = {"Z_LOSS": 0.0, "GRADIENT": True, "THREADS": THREADS, "EACH": EACH}
-    constants |= {"GROUPS": BLOCK // THREADS // EACH}
+    constants = {"Z_LOSS": 0.0, "GRADIENT": True, "THREADS": 32 * WARPS, "EACH": EACH}
+    constants |= {"GROUPS": NUMBERS // EACH}
     yield Variant("a chunk", cross_entropy_kernel, types, constants, WARPS, capabilities=(90,))
 
 

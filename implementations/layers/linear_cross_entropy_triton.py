@@ -25,7 +25,6 @@ from torch import Tensor
 from implementations.lab.ahead_of_time import Variant
 from implementations.layers.cross_entropy_triton import (
     EACH,
-    NUMBERS,
     WARPS,
     check_targets,
     cross_entropy_in_place_op,
@@ -147,7 +146,6 @@ def variants() -> Iterator[Variant]:
     """The one kernel, as it is launched from here: one upstream number for all rows."""
     pointers = {"logits": "*bf16", "targets": "*i64", "upstream": "*fp32", "losses": "*fp32"}
     integers = (
-        "rows",
         "vocabulary",
         "logits_stride",
         "gradient_stride",
@@ -156,7 +154,6 @@ def variants() -> Iterator[Variant]:
     )
     types = pointers | {"gradient": "*bf16"} | dict.fromkeys(integers, "i32")
     constants = {"Z_LOSS": 0.0, "GRADIENT": True, "THREADS": 32 * WARPS, "EACH": EACH}
-    constants |= {"GROUPS": NUMBERS // EACH}
     yield Variant("a chunk", cross_entropy_kernel, types, constants, WARPS, capabilities=(90,))
 
 

@@ -19,6 +19,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 SHAPES = [(1, 1), (9, 1), (9, 63), (3, 5, 257), (5, 4099), (2, 32768), (3, 65537)]
 
+# A share and the sum of all have the error of a GPU's exp2: 2^-22 each in float32, by PTX's manual.
+EXP2 = 2.0**-21 if torch.cuda.is_available() else 0.0
+
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, size: float = 3.0):
     """Logits, and targets of which the second is ignored where there are two."""
@@ -61,7 +64,8 @@ def test_same_accuracy(shape, dtype, size):
     fast = with_targets(cross_entropy_triton, targets, z_loss=1e-4)
     naive = with_targets(cross_entropy_naive, targets, z_loss=1e-4)
     # Losses are one number, where rounding may help naive by luck: twice the tolerance there.
-    assert_same_accuracy(fast, naive, logits, slack=4.0)
+    known = EXP2 if dtype == torch.float32 else 0.0
+    assert_same_accuracy(fast, naive, logits, slack=4.0, known=known)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 0, 62])

@@ -34,7 +34,7 @@ def test_same_function(shape, size):
 
 @pytest.mark.parametrize("size", [1e-3, 3.0, 30.0])
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("shape", [(40, 63), (16, 257), (4, 4099)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 63), (16, 257), (32, 4099)], ids=str)
 def test_same_accuracy(shape, dtype, size):
     known = EXP2 if dtype == torch.float32 else 0.0
     assert_same_accuracy(softmax_triton, softmax_naive, random(shape, size, dtype), known=known)

@@ -118,6 +118,10 @@ def forms(compiled: bool) -> dict[str, Form]:
     if compiled:
         turned = {"rotate": rotate_half_split_triton}
         found["compiled"] = Form(flash, turned, loss, step_, compiled=True)
+        if torch.cuda.get_device_capability()[0] == 9:
+            from implementations.attention.flash_hopper import flash_attention_hopper as hopper
+
+            found["compiled for Hopper"] = Form(hopper, turned, loss, step_, compiled=True)
     return found
 
 

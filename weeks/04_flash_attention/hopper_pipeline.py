@@ -270,7 +270,7 @@ def waiting(config: Config) -> list[Finding]:
 
 
 def recorded(config: Config) -> tuple[str, dict[str, dict[str, float]], float]:
-    """A record made on a GPU: its name, shares and lost cycles; nothing if there is no record."""
+    """A record made on a GPU: its name, shares and lost cycles; nothing if none has the cases."""
     for path in sorted(RECORDS.glob(f"{Path(__file__).stem}.*.json")):
         record: dict[str, Any] = json.loads(path.read_text("utf-8"))
         found = {entry["claim"]: entry["measured"] for entry in record["findings"]}
@@ -282,7 +282,8 @@ def recorded(config: Config) -> tuple[str, dict[str, dict[str, float]], float]:
             }
             for case in cases(config)
         }
-        return f"recorded on an {record['device']}", shares, lost(config, shares)
+        if all(len(points) == len(STEPS) + 1 for points in shares.values()):
+            return f"recorded on an {record['device']}", shares, lost(config, shares)
     return "", {}, 0.0
 
 

@@ -8,8 +8,8 @@ units (implementations/attention/pipeline.py); it is a range, from two warpgroup
 same thing at the same time to two that take turns. The measurement is of the same steps as kernels.
 
 Expected: without any overlap but that of the copies, 2048 of 3456 cycles are products: a share of
-0.59 of the matrix rate, 0.67 if the exponentials were all there is. Each step is worth its lines,
-and the last is at least as fast as cuDNN.
+0.59 of the matrix rate, 0.67 if the exponentials were all there is. No step is above its bound, and
+the last is at least as fast as cuDNN.
 
 Run     uv run python weeks/04_flash_attention/hopper_pipeline.py
         uv run python weeks/04_flash_attention/hopper_pipeline.py --device cuda

@@ -243,10 +243,12 @@ def measured(config: Config) -> list[Finding]:
         claim = "operations counted, away from the formula by at most"
         findings.append(Finding(claim, off, expected=equals(0)))
     draw(points, here)
-    return findings + (against_transformers(config, decoder) if config.device == "cpu" else [])
+    return findings + (
+        against_transformers(config, decoder, here) if config.device == "cpu" else []
+    )
 
 
-def against_transformers(config: Config, decoder: Decoder) -> list[Finding]:
+def against_transformers(config: Config, decoder: Decoder, here: Ceilings) -> list[Finding]:
     """One text, greedy, ours and transformers' generate in turn: same weights, float32, kernel."""
     shape, theirs = decoder.config, llama_in_transformers(decoder)
     plain = Decoder(shape, attention_sdpa, **torch_parts(shape)).eval()
@@ -275,6 +277,7 @@ def against_transformers(config: Config, decoder: Decoder) -> list[Finding]:
     same = all(torch.equal(text, texts[0]) for text in texts)
     timings = time_interleaved(forms, prompt, rounds=config.rounds, warmup=1)
     each = {name: 1e3 * timings.median(name) / config.written for name in forms}
+    least = 1e3 * step(shape, 1, 1, decoder.embedding.weight.element_size()).seconds(here)
     return [
         Finding("ours and transformers write the same tokens", same, expected=equals(True)),
         *(Finding(f"a token of one text, {name}", time, "ms") for name, time in each.items()),
@@ -290,6 +293,9 @@ def against_transformers(config: Config, decoder: Decoder) -> list[Finding]:
             timings.ratio("row by row", "transformers"),
             "x",
             spread=timings.spread("row by row", "transformers"),
+        ),
+        Finding(
+            "and if a token took only the reading of its bytes", each["transformers"] / least, "x"
         ),
     ]
 

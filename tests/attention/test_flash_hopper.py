@@ -139,7 +139,7 @@ def test_a_kernel_is_looked_up_once_for_its_constants_and_variant(monkeypatch):
         ((1, 2, 100, 128), True, 2, 2, False, 2),  # fewer tiles than the GPU has multiprocessors
         ((4, 16, 4096, 128), True, 132, 2048, True, 2),
         ((4, 16, 4096, 128), False, 132, 2048, False, 2),
-        ((1, 16, 16384, 128), True, 2048, 2048, False, 2),  # long: a program for each
+        ((1, 32, 16384, 64), True, 132, 32 * 86, True, 3),
         ((1, 32, 16384, 64), False, 132, 32 * 86, False, 3),
         ((4, 32, 4097, 64), False, 132, 128 * 33, False, 2),
     ],
@@ -151,9 +151,12 @@ def test_plans(shape, causal, programs, tiles, paired, consumers, monkeypatch):
     assert made.constants[:3] == (causal, paired, consumers)
 
 
-@pytest.mark.parametrize("planes, rows, together", [(16, 16384, 1), (64, 4096, 4), (6, 1024, 6)])
-def test_heads_that_run_together_divide_all(planes, rows, together):
-    assert heads_together(planes, rows, 128) == together
+@pytest.mark.parametrize(
+    "planes, rows, at_once, together",
+    [(16, 16384, 1, 1), (64, 4096, 4, 4), (6, 1024, 16, 6), (16, 16384, 4, 4), (6, 16384, 4, 3)],
+)
+def test_heads_that_run_together_divide_all(planes, rows, at_once, together):
+    assert heads_together(planes, rows, 128, at_once) == together
 
 
 def test_for_a_gpu_it_is_one_graph():

@@ -124,8 +124,8 @@ HOPPER_CASES += [
     (3, 11, 11, 1111, 1111, 128, True, None),  # more tiles than multiprocessors: in pairs
     (4, 32, 8, 1100, 1100, 64, True, None),
     (1, 2, 2, 700, 65, 128, False, None),  # more queries than keys
-    (1, 2, 1, 500, 8200, 64, True, None),  # long: a program for each tile, three consumers
-    (1, 3, 1, 500, 8200, 128, True, None),
+    (1, 2, 1, 500, 8200, 64, True, None),  # three consumers
+    (1, 50, 50, 700, 8200, 64, True, None),  # more tiles than multiprocessors
     (1, 3, 3, 500, 8200, 64, False, None),
 ]
 

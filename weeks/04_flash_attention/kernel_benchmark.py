@@ -17,6 +17,7 @@ Run     uv run python weeks/04_flash_attention/kernel_benchmark.py
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -45,6 +46,7 @@ from implementations.lab.benchmark import (
 from implementations.lab.files import write_atomically
 from implementations.lab.findings import Finding, at_least, at_most
 from implementations.lab.script import run
+from implementations.lab.timing import time_interleaved
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,63 @@ OPERATIONS = {
 }
 
 
+def beside_hopper(backward: bool, rounds: int) -> list[Finding]:
+    """What heads that share keys cost, and a length that no tile divides; and a call's Python."""
+    from implementations.attention.flash_hopper import flash_attention_hopper
+
+    name = "hopper_attention_backward" if backward else "hopper_attention_forward"
+    findings = []
+    for causal in (False, True):
+        calls, rates = {}, {}
+        for kind, key_heads, length in (("plain", 32, 4096), ("8", 8, 4096), ("4,001", 32, 4001)):
+            sizes = (32, key_heads, key_heads)
+            inputs = [torch.randn(2, h, length, 128, device="cuda").bfloat16() for h in sizes]
+            calls[kind] = lambda _, x=inputs: flash_attention_hopper(*x, causal=causal)  # noqa: B023
+            if backward:
+                calls[kind] = gradients_of(flash_attention_hopper, inputs, causal)
+            rates[kind] = length**2
+        timings = time_interleaved(calls, inputs[0], rounds=rounds)
+        for kind, what in (("8", "8 key heads for 32 query heads"), ("4,001", "4,001 tokens")):
+            speed = timings.ratio(kind, "plain") * rates[kind] / rates["plain"]
+            claim = f"{name}: {what}, times the speed of 32 and of 4,096" + ", causal" * causal
+            findings.append(Finding(claim, speed, "x", goal=at_least(0.95)))
+    if not backward:
+        x = torch.randn(1, 2, 128, 128, device="cuda").bfloat16()
+        forms = hopper_forms("cuda")
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            peer = host_microseconds(attention_sdpa, x)
+        ours = host_microseconds(forms["hopper"], x)
+        claim = f"{name}: time of a small call on the host"
+        findings.append(Finding(f"{claim}, cuDNN", peer, "µs"))
+        findings.append(Finding(f"{claim}, hopper", ours, "µs", goal=at_most(peer)))
+    return findings
+
+
+def gradients_of(form: Callable, inputs: list[Tensor], causal: bool) -> Callable:
+    leaves = [x.requires_grad_() for x in inputs]
+    output = form(*leaves, causal=causal)
+    upstream = torch.randn_like(output)
+    return lambda _: torch.autograd.grad(output, leaves, upstream, retain_graph=True)
+
+
+def host_microseconds(form: Callable, x: Tensor, calls: int = 200) -> float:
+    """Median time after which a call returns; the GPU is faster with so little."""
+    seen = []
+    for _ in range(9):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            form(x, x, x, causal=True)
+        seen.append((time.perf_counter() - start) / calls * 1e6)
+    return statistics.median(seen)
+
+
+BESIDE = {
+    "hopper_attention_forward": partial(beside_hopper, False),
+    "hopper_attention_backward": partial(beside_hopper, True),
+}
+
+
 def operation_named(name: str) -> Operation:
     if name not in OPERATIONS:
         raise ValueError(f"the operations are {', '.join(OPERATIONS)}, got {name!r}")
@@ -263,6 +322,8 @@ def main(config: Config) -> list[Finding]:
         print(f"\n{name} on {kind}: {operation.sizes}")
         print(as_table(measured[name], operation.unit), "\n")
         findings += findings_of(name, measured[name])
+        if name in BESIDE and not config.shapes:
+            findings += BESIDE[name](config.rounds)
     if kind == "cpu":
         print("this is a CPU: `flash` is the readable loop over tiles in Python\n")
     draw(measured)

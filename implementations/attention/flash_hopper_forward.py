@@ -20,7 +20,7 @@ causal, tiles are long and short: a program takes tile i of all, then the i-th f
 on, which is the same work for each and needs no counter.
 
 Paper   Shah et al. 2024, arXiv:2407.08608
-Naive   flash.py. Step by step from the simplest form: hopper_ladder.py. Launch: flash_hopper.py
+Naive   flash.py. Step by step from the simplest form: pipeline_hopper.py. Launch: flash_hopper.py
 Legend  q k v o: tiles of query, key, value, output    s: scores    p: weights not yet divided
 Run     uv run python implementations/attention/flash_hopper_forward.py
 """

@@ -20,7 +20,7 @@ in the order of the matrix unit's registers, so that a warp adds 512 contiguous 
 
 At dim 128 registers are short, and what does not fit is fetched again in every block. So addresses
 have 32 bits where that is enough, and what only some inputs need, a mask at the last keys and a
-walk over several heads, is compiled for these alone: 0.92 of cuDNN's speed became 1.07.
+walk over several heads, is compiled for these alone: 0.91 of cuDNN's speed became 1.05.
 
 Paper   Shah et al. 2024, arXiv:2407.08608
 Naive   flash.py. Forward: flash_hopper_forward.py. Launch with autograd: flash_hopper.py

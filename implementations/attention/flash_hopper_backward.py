@@ -34,7 +34,6 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -51,14 +50,8 @@ from implementations.attention.flash_hopper_forward import (
     tma_load,
     tma_store,
 )
-from implementations.attention.flash_triton import LOG2_E, empty_like, fetchable, own_tile, tile_of
-from implementations.attention.hopper_tiles import (
-    block_types,
-    launch,
-    multiprocessors,
-    operator,
-    tile_at,
-)
+from implementations.attention.flash_triton import LOG2_E, own_tile
+from implementations.attention.hopper_tiles import block_types
 from implementations.lab.ahead_of_time import Variant
 
 QUERIES = gl.constexpr(64)  # of a block
@@ -318,81 +311,6 @@ def backward_kernel(
             CAUSAL, TAIL, GROUPED, OFFSET, 1,
         )),
     ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
-
-
-def heads_together(planes: int, rows: int, dim: int, at_once: int) -> int:
-    """How many heads' queries, dO and dQ fill 16 MB: a third of the L2 cache, for a divisor.
-
-    At least as many as the GPU works on `at_once`: the longest tiles of all of them come first.
-    """
-    most = max(1, at_once, 2**24 // (8 * rows * dim))
-    return next(count for count in range(min(most, planes), 0, -1) if planes % count == 0)
-
-
-def run_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sum_exp: Tensor,
-    d_output: Tensor,
-    d_log_sum_exp: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
-    programs = multiprocessors(query.device)
-    (batch, heads, queries, dim), (key_heads, keys) = query.shape, key.shape[1:3]
-    d_query, d_key, d_value = (empty_like(x) for x in (query, key, value))
-    query, key, value, output, d_output = map(fetchable, (query, key, value, output, d_output))
-    given = d_log_sum_exp is not None
-    # A fresh copy: the kernel was compiled for pointers that are multiples of 16.
-    d_total = d_log_sum_exp.clone(memory_format=torch.contiguous_format) if given else log_sum_exp
-    blocks, group = -(-queries // QUERIES.value), heads // key_heads
-    sums = log_sum_exp.new_empty(batch * heads * blocks * 2 * QUERIES.value)
-    dq_sum = log_sum_exp.new_empty(batch * heads * blocks * QUERIES.value * dim)
-    tiles = -(-keys // KEYS.value)
-    together = heads_together(batch * key_heads, group * queries, dim, programs // tiles)
-    offset = gl.int32 if dq_sum.numel() < 2**31 else gl.int64
-    variant = (query.dtype, dim, query.device)
-    with torch.cuda.device_of(query):  # Triton launches on the current GPU
-        launch(
-            prepare_kernel,
-            (batch * heads * blocks, 1, 1),
-            (
-                tile_of(output, QUERIES.value, dim), tile_of(d_output, QUERIES.value, dim),
-                log_sum_exp, d_total, sums, dq_sum, heads, queries,
-            ),
-            (given, QUERIES.value, dim),
-            variant,
-        )  # fmt: skip
-        launch(
-            backward_kernel,
-            (batch * key_heads * tiles, 1, 1),
-            (
-                tile_at(query, QUERIES.value), tile_at(key, KEYS.value),
-                tile_at(value, OWN_KEYS.value), tile_at(d_output, QUERIES.value),
-                tile_at(d_key, OWN_KEYS.value), tile_at(d_value, OWN_KEYS.value),
-                sums, dq_sum, together, key_heads, group, queries, keys, scale * LOG2_E.value,
-            ),
-            (causal, keys % KEYS.value > 0, group > 1, offset),
-            variant,
-        )  # fmt: skip
-        launch(
-            finish_kernel,
-            (batch * heads * blocks, 2, 1),
-            (dq_sum, d_query, heads, queries, scale),
-            (QUERIES.value, dim),
-            variant,
-        )
-    return d_query, d_key, d_value
-
-
-def fake_backward(query, key, value, *others):
-    return empty_like(query), empty_like(key), empty_like(value)
-
-
-backward = operator("flash_attention_hopper_backward", run_backward, fake_backward)
 
 
 def variants() -> Iterator[Variant]:

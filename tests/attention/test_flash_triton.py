@@ -17,12 +17,12 @@ import torch
 
 from implementations.attention.flash import flash_attention_with_log_sum_exp
 from implementations.attention.flash_hopper import DIMS as HOPPER_DIMS
+from implementations.attention.flash_hopper import backward as backward_hopper
 from implementations.attention.flash_hopper import (
     flash_attention_hopper,
     flash_attention_hopper_with_log_sum_exp,
 )
 from implementations.attention.flash_hopper import forward as forward_hopper
-from implementations.attention.flash_hopper_backward import backward as backward_hopper
 from implementations.attention.flash_triton import (
     DIMS,
     backward,

@@ -128,9 +128,10 @@ def attention_operations(case: Case, products: int) -> float:
     return products * 2 * batch * heads * length**2 * dim / (2 if "causal" in case.options else 1)
 
 
-def against_cudnn(**goals: float) -> dict[str, dict[str, float]]:
-    """Parts of an operation, x128_causal for the cases that end so, with their goals."""
-    return {part.replace("_", " "): {"cudnn": goal} for part, goal in goals.items()}
+def belongs(case: Case, part: str) -> bool:
+    """Whether a case is of the part "dim 128" or "dim 64 causal", by its dim and its mask."""
+    mask = "causal" if "causal" in case.options else "full"
+    return f"dim {case.sizes[-1]} {mask}".startswith(part)
 
 
 # 16,384 tokens and a width of 2048 in all: heads · dim = 2048, batch · length = 16,384.
@@ -166,13 +167,17 @@ OPERATIONS = {
         work=lambda case, element: attention_operations(case, products=2),
         forms=hopper_forms,
         ours="hopper",
-        parts=against_cudnn(x128=1.05, x128_causal=1.05, x64=1.0, x64_causal=1.0),
+        parts={"dim 128": {"cudnn": 1.05}, "dim 64": {"cudnn": 1.0}},
     ),
     "hopper_attention_backward": ATTENTION(
         work=lambda case, element: attention_operations(case, products=5),
         forms=hopper_forms,
         ours="hopper",
-        parts=against_cudnn(x128=1.0, x128_causal=0.95, x64=1.05, x64_causal=1.05),
+        parts={
+            "dim 128 full": {"cudnn": 1.0},
+            "dim 128 causal": {"cudnn": 0.95},
+            "dim 64": {"cudnn": 1.05},
+        },
         backward=True,
     ),
 }
@@ -281,7 +286,7 @@ def findings_of(name: str, measurements: list[Measurement]) -> list[Finding]:
         claim = f"{name}: {operation.ours}, times the speed of {peer}, geometric mean"
         findings.append(mean_ratio(claim, seen, operation.goals.get(peer)))
         for part, goals in operation.parts.items():
-            own = [m for m in measurements if str(m.case).endswith(part)]
+            own = [m for m in measurements if belongs(m.case, part)]
             if peer in goals and (seen_there := ratios(own, operation.ours, peer)):
                 findings.append(mean_ratio(f"{claim} over {part}", seen_there, goals[peer]))
         findings += [

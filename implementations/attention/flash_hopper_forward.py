@@ -17,11 +17,10 @@ before the first one passes: fresh buffers are empty.
 
 The grid is as large as the GPU, and a program fetches its next tile while it ends the last. When
 causal, tiles are long and short: a program takes tile i of all, then the i-th from the end, and so
-on, which is the same work for each and needs no counter. Where tiles are so long that what stands
-between two of them is nothing, each has a program of its own, and the GPU deals out the work.
+on, which is the same work for each and needs no counter.
 
 Paper   Shah et al. 2024, arXiv:2407.08608
-Naive   flash.py. Step by step from the simplest form: hopper_ladder.py. Launch: flash_hopper.py
+Naive   flash.py. Step by step from the simplest form: pipeline_hopper.py. Launch: flash_hopper.py
 Legend  q k v o: tiles of query, key, value, output    s: scores    p: weights not yet divided
 Run     uv run python implementations/attention/flash_hopper_forward.py
 """
@@ -86,12 +85,10 @@ def tile_of(turn, sizes, SIZE: gl.constexpr, CAUSAL: gl.constexpr, PAIRED: gl.co
     else:
         place = gl.program_id(0) + turn * gl.num_programs(0)
     a_head = gl.cdiv(queries, SIZE)
-    tile = place % a_head
+    first = place % a_head * SIZE
     seen = keys
-    if CAUSAL:  # the long ones first
-        tile = a_head - 1 - tile
-        seen = gl.minimum(keys, (tile + 1) * SIZE + keys - queries)
-    first = tile * SIZE
+    if CAUSAL:
+        seen = gl.minimum(keys, first + SIZE + keys - queries)
     return place // a_head, first, gl.cdiv(seen, KEYS)
 
 

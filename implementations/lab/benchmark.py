@@ -63,8 +63,7 @@ class Operation:
         cases: by device type, what is measured unless told otherwise.
         backward: time the gradients of all inputs alone, under a random upstream gradient.
         goals: the geometric mean that is hoped for against a peer.
-        parts: kinds of cases whose means are told apart, by the words that a case of theirs ends
-            with ("x128 causal"), each with its own goals.
+        parts: kinds of cases whose means are told apart, each with its own goals.
     """
 
     sizes: str

@@ -13,12 +13,8 @@ import torch
 
 from implementations.attention import flash_hopper
 from implementations.attention.flash import check_flash_inputs
-from implementations.attention.flash_hopper import flash_attention_hopper, plan
-from implementations.attention.flash_hopper_backward import (
-    finish_kernel,
-    heads_together,
-    prepare_kernel,
-)
+from implementations.attention.flash_hopper import flash_attention_hopper, heads_together, plan
+from implementations.attention.flash_hopper_backward import finish_kernel, prepare_kernel
 from implementations.attention.flash_hopper_forward import KEYS, ROWS
 from implementations.attention.flash_triton import empty_like, tile_of
 from implementations.attention.hopper_tiles import COMPILED, launch, tile_at
@@ -139,7 +135,7 @@ def test_a_kernel_is_looked_up_once_for_its_constants_and_variant(monkeypatch):
         ((1, 2, 100, 128), True, 2, 2, False, 2),  # fewer tiles than the GPU has multiprocessors
         ((4, 16, 4096, 128), True, 132, 2048, True, 2),
         ((4, 16, 4096, 128), False, 132, 2048, False, 2),
-        ((1, 16, 16384, 128), True, 2048, 2048, False, 2),  # long: a program for each
+        ((1, 32, 16384, 64), True, 132, 32 * 86, True, 3),
         ((1, 32, 16384, 64), False, 132, 32 * 86, False, 3),
         ((4, 32, 4097, 64), False, 132, 128 * 33, False, 2),
     ],
@@ -151,9 +147,42 @@ def test_plans(shape, causal, programs, tiles, paired, consumers, monkeypatch):
     assert made.constants[:3] == (causal, paired, consumers)
 
 
-@pytest.mark.parametrize("planes, rows, together", [(16, 16384, 1), (64, 4096, 4), (6, 1024, 6)])
-def test_heads_that_run_together_divide_all(planes, rows, together):
-    assert heads_together(planes, rows, 128) == together
+@pytest.mark.parametrize("heads, keys", [(2, 130), (4, 256)])
+def test_a_launch_gives_each_kernel_its_arguments(heads, keys, monkeypatch):
+    """Constants last, and those that the inputs ask for; sizes by the grid."""
+    launches = []
+    monkeypatch.setattr(flash_hopper, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(flash_hopper, "launch", lambda *given: launches.append(given))
+    monkeypatch.setattr(flash_hopper, "plan", plan.__wrapped__)
+    query = torch.zeros(1, heads, 70, 64).bfloat16()
+    key, value = (torch.zeros(1, 2, keys, 64).bfloat16() for _ in range(2))
+    output, total = flash_hopper.run_forward(query, key, value, True, 0.125)
+    flash_hopper.run_backward(query, key, value, output, total, output, None, True, 0.125)
+    given = {}
+    for kernel, grid, arguments, constants, variant in launches:
+        names = kernel.arg_names
+        assert [name.isupper() for name in names] == [False] * len(arguments) + [True] * len(
+            constants
+        )
+        assert variant == (torch.bfloat16, 64, query.device)
+        given[kernel.__name__] = grid, dict(zip(names, (*arguments, *constants), strict=True))
+    grid, forward = given["forward_kernel"]
+    assert grid == (heads, 1, 1) and (forward["queries"], forward["keys"]) == (70, keys)
+    grid, backward = given["backward_kernel"]
+    assert grid == (2 * -(-keys // 128), 1, 1) and backward["group"] == heads // 2
+    assert backward["value"].block_shape == [1, 1, 64, 64]
+    flags = {name: backward[name] for name in ("CAUSAL", "TAIL", "GROUPED")}
+    assert flags == {"CAUSAL": True, "TAIL": keys == 130, "GROUPED": heads == 4}
+    assert given["prepare_kernel"][0] == (2 * heads, 1, 1)
+    assert given["finish_kernel"][0] == (2 * heads, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "planes, rows, at_once, together",
+    [(16, 16384, 1, 1), (64, 4096, 4, 4), (6, 1024, 16, 6), (16, 16384, 4, 4), (6, 16384, 4, 3)],
+)
+def test_heads_that_run_together_divide_all(planes, rows, at_once, together):
+    assert heads_together(planes, rows, 128, at_once) == together
 
 
 def test_for_a_gpu_it_is_one_graph():
@@ -161,8 +190,7 @@ def test_for_a_gpu_it_is_one_graph():
     script = """
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from implementations.attention.flash_hopper import flash_attention_hopper
-from implementations.attention.flash_hopper_backward import backward
+from implementations.attention.flash_hopper import backward, flash_attention_hopper
 
 with FakeTensorMode():
     inputs = [torch.empty(1, 2, 65, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]

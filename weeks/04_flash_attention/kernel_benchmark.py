@@ -17,6 +17,7 @@ Run     uv run python weeks/04_flash_attention/kernel_benchmark.py
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,6 +27,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from implementations.attention.flash import flash_attention
@@ -45,6 +47,7 @@ from implementations.lab.benchmark import (
 from implementations.lab.files import write_atomically
 from implementations.lab.findings import Finding, at_least, at_most
 from implementations.lab.script import run
+from implementations.lab.timing import time_interleaved
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,10 @@ def attention_operations(case: Case, products: int) -> float:
     return products * 2 * batch * heads * length**2 * dim / (2 if "causal" in case.options else 1)
 
 
-def against_cudnn(**goals: float) -> dict[str, dict[str, float]]:
-    """Parts of an operation, x128_causal for the cases that end so, with their goals."""
-    return {part.replace("_", " "): {"cudnn": goal} for part, goal in goals.items()}
+def belongs(case: Case, part: str) -> bool:
+    """Whether a case is of the part "dim 128" or "dim 64 causal", by its dim and its mask."""
+    mask = "causal" if "causal" in case.options else "full"
+    return f"dim {case.sizes[-1]} {mask}".startswith(part)
 
 
 # 16,384 tokens and a width of 2048 in all: heads · dim = 2048, batch · length = 16,384.
@@ -163,15 +167,75 @@ OPERATIONS = {
         work=lambda case, element: attention_operations(case, products=2),
         forms=hopper_forms,
         ours="hopper",
-        parts=against_cudnn(x128=1.05, x128_causal=1.05, x64=1.0, x64_causal=1.0),
+        parts={"dim 128": {"cudnn": 1.05}, "dim 64": {"cudnn": 1.0}},
     ),
     "hopper_attention_backward": ATTENTION(
         work=lambda case, element: attention_operations(case, products=5),
         forms=hopper_forms,
         ours="hopper",
-        parts=against_cudnn(x128=1.0, x128_causal=0.95, x64=1.05, x64_causal=1.05),
+        parts={
+            "dim 128 full": {"cudnn": 1.0},
+            "dim 128 causal": {"cudnn": 0.95},
+            "dim 64": {"cudnn": 1.05},
+        },
         backward=True,
     ),
+}
+
+
+def beside_hopper(backward: bool, rounds: int) -> list[Finding]:
+    """What heads that share keys cost, and a length that no tile divides; and a call's Python."""
+    from implementations.attention.flash_hopper import flash_attention_hopper
+
+    name = "hopper_attention_backward" if backward else "hopper_attention_forward"
+    findings = []
+    for causal in (False, True):
+        calls, rates = {}, {}
+        for kind, key_heads, length in (("plain", 32, 4096), ("8", 8, 4096), ("4,001", 32, 4001)):
+            sizes = (32, key_heads, key_heads)
+            inputs = [torch.randn(2, h, length, 128, device="cuda").bfloat16() for h in sizes]
+            calls[kind] = lambda _, x=inputs: flash_attention_hopper(*x, causal=causal)  # noqa: B023
+            if backward:
+                calls[kind] = gradients_of(flash_attention_hopper, inputs, causal)
+            rates[kind] = length**2
+        timings = time_interleaved(calls, inputs[0], rounds=rounds)
+        for kind, what in (("8", "8 key heads for 32 query heads"), ("4,001", "4,001 tokens")):
+            speed = timings.ratio(kind, "plain") * rates[kind] / rates["plain"]
+            claim = f"{name}: {what}, times the speed of 32 and of 4,096" + ", causal" * causal
+            findings.append(Finding(claim, speed, "x", goal=at_least(0.95)))
+    if not backward:
+        x = torch.randn(1, 2, 128, 128, device="cuda").bfloat16()
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # the choice itself takes as long as a call
+            peer = host_microseconds(partial(scaled_dot_product_attention, is_causal=True), x)
+        ours = host_microseconds(partial(flash_attention_hopper, causal=True), x)
+        claim = f"{name}: time of a small call on the host"
+        findings.append(Finding(f"{claim}, cuDNN", peer, "µs"))
+        findings.append(Finding(f"{claim}, hopper", ours, "µs", goal=at_most(peer)))
+    return findings
+
+
+def gradients_of(form: Callable, inputs: list[Tensor], causal: bool) -> Callable:
+    leaves = [x.requires_grad_() for x in inputs]
+    output = form(*leaves, causal=causal)
+    upstream = torch.randn_like(output)
+    return lambda _: torch.autograd.grad(output, leaves, upstream, retain_graph=True)
+
+
+def host_microseconds(form: Callable, x: Tensor, calls: int = 200) -> float:
+    """Median time after which a call returns; the GPU is faster with so little."""
+    seen = []
+    for _ in range(9):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            form(x, x, x)
+        seen.append((time.perf_counter() - start) / calls * 1e6)
+    return statistics.median(seen)
+
+
+BESIDE = {
+    "hopper_attention_forward": partial(beside_hopper, False),
+    "hopper_attention_backward": partial(beside_hopper, True),
 }
 
 
@@ -222,7 +286,7 @@ def findings_of(name: str, measurements: list[Measurement]) -> list[Finding]:
         claim = f"{name}: {operation.ours}, times the speed of {peer}, geometric mean"
         findings.append(mean_ratio(claim, seen, operation.goals.get(peer)))
         for part, goals in operation.parts.items():
-            own = [m for m in measurements if str(m.case).endswith(part)]
+            own = [m for m in measurements if belongs(m.case, part)]
             if peer in goals and (seen_there := ratios(own, operation.ours, peer)):
                 findings.append(mean_ratio(f"{claim} over {part}", seen_there, goals[peer]))
         findings += [
@@ -263,6 +327,8 @@ def main(config: Config) -> list[Finding]:
         print(f"\n{name} on {kind}: {operation.sizes}")
         print(as_table(measured[name], operation.unit), "\n")
         findings += findings_of(name, measured[name])
+        if name in BESIDE and not config.shapes:
+            findings += BESIDE[name](config.rounds)
     if kind == "cpu":
         print("this is a CPU: `flash` is the readable loop over tiles in Python\n")
     draw(measured)

@@ -38,8 +38,9 @@ BLOCK = 128  # columns between two updates of all that follow them
 
 
 def hessian(inputs: Float[Tensor, "*sample column"]) -> Float[Tensor, "column column"]:
-    """Xᵀ X / samples in float64: half the second derivative of the layer's mean squared error."""
-    rows = inputs.flatten(0, -2).double()
+    """Xᵀ X / samples, in float32 or wider: half the second derivative of a mean squared error."""
+    rows = inputs.flatten(0, -2)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return rows.mT @ rows / max(1, len(rows))
 
 

@@ -6,10 +6,6 @@ inputs first. GPTQ is calibrated on eight books of the King James Version, as th
 before it is rounded. The loss is taken on other books in other words: Ruth, Esther and Acts in the
 World English Bible. The embedding, a fifth of the model, and the norms stay as they are.
 
-How much text the calibration sees decides: with 1,024 tokens of Genesis alone GPTQ fitted them ten
-times better than the nearest words and read the other books worse, since the inputs of a matrix have
-1,536 dimensions.
-
 The packaged weights were 4 bits in groups of 32 before anybody here saw them: the baseline holds
 that rounding already, and 8 and 4 bits look better than they would for weights in 16. What compares
 is 3 and 2 bits, where these grids are far coarser than the file's.

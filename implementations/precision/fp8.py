@@ -257,12 +257,10 @@ def product_scaled_mm(
 
 
 def laid_out(scaled: Scaled) -> Float32[Tensor, "row column"]:
-    """The scales of blocks as cuBLAS reads them: of 1 x 128 blocks with the rows dense; of squares
-    with rows that begin a multiple of four apart, which torch does not check."""
+    """The scales of blocks as cuBLAS reads them: those of 1 x 128 blocks with the rows dense."""
     if scaled.block[0] == 1:
         return scaled.inverse.mT.contiguous().mT
-    columns = scaled.inverse.shape[1]
-    return pad(scaled.inverse, (0, -columns % 4))[:, :columns]
+    return scaled.inverse
 
 
 class ScaledProduct(torch.autograd.Function):
@@ -302,7 +300,8 @@ class Fp8Linear(nn.Module):
         self.weight, self.bias, self.recipe = linear.weight, linear.bias, recipe
         for name in ("input", "weight", "gradient"):
             if isinstance(scaling := getattr(recipe, name), nn.Module):
-                self.add_module(f"{name}_scaling", scaling)  # its history is part of a checkpoint
+                # Its history is part of a checkpoint, and lives where the weight does.
+                self.add_module(f"{name}_scaling", scaling.to(self.weight.device))
 
     def forward(self, x: Float[Tensor, "*batch input"]) -> Float[Tensor, "*batch output"]:
         """In the dtype of `x`, or in that of torch.autocast inside its context."""

@@ -236,13 +236,19 @@ def product_scaled_mm(
         fast_accumulation: keep the running sums in the tensor core's own 14 bits or so.
 
     Raises:
-        ValueError: the inner size or the columns are no multiple of 16, or both sides are e5m2.
+        ValueError: the inner size or the columns are no multiple of 16, both sides are e5m2, or
+            there are squares of 128 x 128 and the inner size is no multiple of 512.
     """
     inner, columns = left.values.shape[1], right.values.shape[0]
     if inner % ALIGNMENT or columns % ALIGNMENT:
         raise ValueError(f"tensor cores take 16 numbers at a time, got {inner} and {columns}")
     if left.values.dtype == right.values.dtype == E5M2:
         raise ValueError("tensor cores have no product of e5m2 with e5m2")
+    squares = (SIDE, SIDE) in (left.block, right.block)
+    if squares and inner % (4 * SIDE):
+        # cuBLAS takes rows of their scales to begin a multiple of four apart. Torch 2.11 lets only
+        # dense rows pass, and the product is then wrong without a word: seen with inner = 768.
+        raise ValueError(f"squares are multiplied along a multiple of 512 numbers, got {inner}")
     left_inverse, right_inverse = left.inverse, right.inverse
     if left.block is not None:
         left_inverse, right_inverse = laid_out(left), laid_out(right)

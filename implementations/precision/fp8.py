@@ -236,13 +236,19 @@ def product_scaled_mm(
         fast_accumulation: keep the running sums in the tensor core's own 14 bits or so.
 
     Raises:
-        ValueError: the inner size or the columns are no multiple of 16, or both sides are e5m2.
+        ValueError: the inner size or the columns are no multiple of 16, both sides are e5m2, or
+            there are squares of 128 x 128 and the inner size is no multiple of 512.
     """
     inner, columns = left.values.shape[1], right.values.shape[0]
     if inner % ALIGNMENT or columns % ALIGNMENT:
         raise ValueError(f"tensor cores take 16 numbers at a time, got {inner} and {columns}")
     if left.values.dtype == right.values.dtype == E5M2:
         raise ValueError("tensor cores have no product of e5m2 with e5m2")
+    squares = (SIDE, SIDE) in (left.block, right.block)
+    if squares and inner % (4 * SIDE):
+        # cuBLAS takes rows of their scales to begin a multiple of four apart. Torch 2.11 lets only
+        # dense rows pass, and the product is then wrong without a word: seen with inner = 768.
+        raise ValueError(f"squares are multiplied along a multiple of 512 numbers, got {inner}")
     left_inverse, right_inverse = left.inverse, right.inverse
     if left.block is not None:
         left_inverse, right_inverse = laid_out(left), laid_out(right)
@@ -257,12 +263,10 @@ def product_scaled_mm(
 
 
 def laid_out(scaled: Scaled) -> Float32[Tensor, "row column"]:
-    """The scales of blocks as cuBLAS reads them: of 1 x 128 blocks with the rows dense; of squares
-    with rows that begin a multiple of four apart, which torch does not check."""
+    """The scales of blocks as cuBLAS reads them: those of 1 x 128 blocks with the rows dense."""
     if scaled.block[0] == 1:
         return scaled.inverse.mT.contiguous().mT
-    columns = scaled.inverse.shape[1]
-    return pad(scaled.inverse, (0, -columns % 4))[:, :columns]
+    return scaled.inverse
 
 
 class ScaledProduct(torch.autograd.Function):
@@ -302,7 +306,8 @@ class Fp8Linear(nn.Module):
         self.weight, self.bias, self.recipe = linear.weight, linear.bias, recipe
         for name in ("input", "weight", "gradient"):
             if isinstance(scaling := getattr(recipe, name), nn.Module):
-                self.add_module(f"{name}_scaling", scaling)  # its history is part of a checkpoint
+                # Its history is part of a checkpoint, and lives where the weight does.
+                self.add_module(f"{name}_scaling", scaling.to(self.weight.device))
 
     def forward(self, x: Float[Tensor, "*batch input"]) -> Float[Tensor, "*batch output"]:
         """In the dtype of `x`, or in that of torch.autocast inside its context."""

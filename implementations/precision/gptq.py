@@ -34,12 +34,13 @@ from implementations.precision.block_quantization import (
 )
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
-BLOCK = 128  # columns between two updates of all that follow
+BLOCK = 128  # columns between two updates of all that follow them
 
 
 def hessian(inputs: Float[Tensor, "*sample column"]) -> Float[Tensor, "column column"]:
-    """Xᵀ X / samples in float64: half the second derivative of the layer's mean squared error."""
-    rows = inputs.flatten(0, -2).double()
+    """Xᵀ X / samples, in float32 or wider: half the second derivative of a mean squared error."""
+    rows = inputs.flatten(0, -2)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return rows.mT @ rows / max(1, len(rows))
 
 
@@ -61,7 +62,8 @@ def gptq(
         damping: added to the diagonal, in units of its mean: what is not seen in few inputs must
             not move the weights without bounds.
         order: largest inputs first.
-        block: columns whose updates of the rest are made at once; of no consequence but for time.
+        block: columns whose updates of the rest are made at once, rounded up to whole groups; of
+            no consequence but for time.
 
     Raises:
         ValueError: what `quantize` refuses, a Hessian of another size, that is not finite, all zero
@@ -79,18 +81,14 @@ def gptq(
     rest = weight.to(factor.dtype)[:, turns]
     words = torch.empty_like(rest)
     scale, zero = grid(weight.to(factor.dtype).unflatten(-1, (-1, group)), bits)
+    block = -(-block // group) * group  # no group reaches past its block
     for first in range(0, columns, block):
         last = min(first + block, columns)
         errors = torch.empty_like(rest[:, first:last])
         for j in range(first, last):
             k = int(turns[j]) // group
             if j % group == 0 and not order:
-                # A group may reach past the block, whose errors its later columns do not know yet.
-                ahead = rest[:, j : j + group].clone()
-                ahead[:, max(0, last - j) :] -= (
-                    errors[:, : j - first] @ factor[first:j, last : j + group]
-                )
-                scale[:, k], zero[:, k] = grid(ahead, bits)
+                scale[:, k], zero[:, k] = grid(rest[:, j : j + group], bits)
             column = rest[:, j : j + 1]
             words[:, j : j + 1] = nearest_words(column, scale[:, k], zero[:, k], bits)
             meant = scale[:, k].to(rest.dtype) * (words[:, j] - zero[:, k])

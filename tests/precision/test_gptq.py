@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from implementations.precision.block_quantization import dequantize, quantize, unpack_nibbles
+from implementations.precision.block_quantization import (
+    dequantize,
+    quantize,
+    stored_bytes,
+    unpack_nibbles,
+)
 from implementations.precision.gptq import gptq, gptq_naive, hessian
 
 
@@ -62,7 +67,7 @@ def test_is_the_textbooks_elimination(bits, group):
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("group", [6, 20, 60])
 def test_blocks_are_of_no_consequence(group, order):
-    """Groups within a block, across its end, and over several."""
+    """Blocks of one group, of several, and of all."""
     weight, h = torch.randn(5, 60, dtype=torch.float64), hessian(correlated(100, 60))
     want = gptq(weight, h, 3, group, order=order, block=60)
     for block in (1, 7, 20, 128):
@@ -166,6 +171,24 @@ def test_hessian_is_half_the_second_derivative():
     torch.testing.assert_close(
         hessian(x), torch.autograd.functional.hessian(loss, w) / 2, rtol=1e-12, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+def test_nearest_words_of_few_bits_are_torchs(bits):
+    """Given our scales and zeros; no weight lies within rounding of a tie."""
+    weight = torch.randn(20, 64)
+    stored = quantize(weight, bits, 16)
+    scale, zero = stored.scale.float().flatten(), stored.zero.int().flatten()
+    theirs = torch.fake_quantize_per_channel_affine(
+        weight.view(-1, 16), scale, zero, 0, 0, 2**bits - 1
+    )
+    assert torch.equal(dequantize(stored), theirs.view(20, 64))
+
+
+@pytest.mark.parametrize(("bits", "want"), [(8, 64 + 12), (4, 32 + 12), (3, 24 + 12), (2, 16 + 12)])
+def test_bytes_by_hand(bits, want):
+    """64 words, and four groups of 16 with two bytes of scale and one of zero."""
+    assert stored_bytes(quantize(torch.randn(2, 32), bits, 16)) == want
 
 
 EYE = torch.eye(8)

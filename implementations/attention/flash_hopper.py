@@ -1,4 +1,4 @@
-"""FlashAttention on Hopper GPUs, faster than Triton can say it: the kernels' launch and autograd.
+"""FlashAttention on Hopper GPUs: how its kernels are launched, and autograd.
 
     output = softmax(query keyᵀ · scale) value      log_sum_exp = log Σ exp(query keyᵀ · scale)
 
@@ -55,7 +55,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 class Plan(NamedTuple):
-    """A launch, but for its addresses."""
+    """A launch of the forward, but for its addresses."""
 
     grid: tuple[int, int, int]
     sizes: tuple[int, ...]
@@ -81,6 +81,7 @@ def plan(query: torch.Size, key: torch.Size, causal: bool, device: torch.device)
 def run_forward(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp."""
     output, log_sum_exp = empty_results(query, key, value, causal, None, scale)
     query, key, value = fetchable(query), fetchable(key), fetchable(value)
     grid, sizes, constants = plan(query.shape, key.shape, causal, query.device)

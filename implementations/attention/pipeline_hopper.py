@@ -32,21 +32,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from implementations.attention.flash_hopper import (
+from implementations.attention.flash_hopper_forward import (
     KEYS,
     LOWEST,
     STAGES,
-    block_types,
     fetch,
     make_barriers,
     make_buffers,
-    multiprocessors,
     softmax,
-    tile_at,
     tma_load,
     tma_store,
 )
 from implementations.attention.flash_triton import LOG2_E
+from implementations.attention.hopper_tiles import block_types, multiprocessors, tile_at
 from implementations.lab.ahead_of_time import Variant
 
 SIZE = gl.constexpr(128)  # queries of a tile

@@ -361,7 +361,7 @@ def main(config: Config) -> list[Finding]:
         findings = predictions(predicted)
         findings.append(Finding("measurements drawn beside the predictions", source or "none"))
     else:
-        from implementations.attention.flash_hopper import multiprocessors
+        from implementations.attention.hopper_tiles import multiprocessors
 
         config = replace(config, programs=multiprocessors(torch.device(config.device)))
         predicted = predict(config)

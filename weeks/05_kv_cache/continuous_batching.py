@@ -94,7 +94,7 @@ def serve(engine: Engine, work: list, arrivals: np.ndarray, static: bool) -> Ser
         for request in [request for request in running if request.finish]:
             i = running.pop(request)
             texts[i], latency[i] = request.tokens, clock - arrivals[i]
-    return Served(texts, latency, passes, clock - arrivals[0])
+    return Served(texts, latency, passes, float(clock - arrivals[0]))
 
 
 def main(config: Config) -> list[Finding]:
@@ -168,4 +168,4 @@ def draw(served: dict[str, list[Served]]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config(), quick=Config(requests=12, batch=4, width=32, rounds=2))
+    run(main, Config(), quick=Config(requests=8, batch=4, width=16, rounds=1))

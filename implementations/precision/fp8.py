@@ -300,7 +300,8 @@ class Fp8Linear(nn.Module):
         self.weight, self.bias, self.recipe = linear.weight, linear.bias, recipe
         for name in ("input", "weight", "gradient"):
             if isinstance(scaling := getattr(recipe, name), nn.Module):
-                self.add_module(f"{name}_scaling", scaling)  # its history is part of a checkpoint
+                # Its history is part of a checkpoint, and lives where the weight does.
+                self.add_module(f"{name}_scaling", scaling.to(self.weight.device))
 
     def forward(self, x: Float[Tensor, "*batch input"]) -> Float[Tensor, "*batch output"]:
         """In the dtype of `x`, or in that of torch.autocast inside its context."""

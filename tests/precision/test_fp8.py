@@ -23,6 +23,7 @@ from implementations.precision.fp8 import (
     quantize_both,
     remembered,
     scale_of,
+    spread,
     with_fp8,
 )
 
@@ -154,6 +155,41 @@ def test_product_is_scaled_mms(sizes, kinds):
     got = product_scaled_mm(left, right, torch.bfloat16)
     assert got.dtype is torch.bfloat16
     assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + limit).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("sizes", [(256, 128, 512), (144, 384, 1024)], ids=str)
+def test_product_of_blocks_is_the_emulations(sizes, square):
+    """Strips with strips, as for dW, and with squares, as for y and dx.
+
+    A tensor core aligns the terms of a sum to about 14 bits below the largest; between the blocks
+    of 128 the sums are promoted to float32. With one block much larger, a scale that met the wrong
+    block would be seen at once.
+    """
+    rows, columns, inner = sizes
+    left, right = (
+        torch.randn(rows, inner, device=DEVICE),
+        torch.randn(columns, inner, device=DEVICE),
+    )
+    left[:, 128:256] *= 64
+    right[:, :128] *= 16
+    right[:128] /= 8
+    a = quantize_blocks(left, E4M3)[0]
+    b = quantize_blocks(right, E4M3, (128, 128) if square else (1, 128))[0]
+    exact = dequantize(a).double() @ dequantize(b).double().T
+    # A term is cut at 2^-13 of the largest of the terms beside it: 128 times, in each block.
+    largest_right = spread(448 * b.inverse, (b.block[0], 1), (columns, inner // 128))
+    limit = 128 * 2.0**-13 * (448 * a.inverse).double() @ largest_right.double().T
+    got = product_scaled_mm(a, b, torch.bfloat16).double()
+    assert ((got - exact).abs() <= limit + 2.0**-8 * exact.abs()).all()
+    assert limit.mean() < exact.abs().mean() / 4  # it says something
+
+
+@pytest.mark.parametrize("device", ["meta", DEVICE])
+def test_a_history_lives_where_the_weight_does(device):
+    layer = Fp8Linear(nn.Linear(16, 16, device=device), make_recipe("delayed"))
+    assert layer.recipe.input.history.device == layer.weight.device
 
 
 def test_scaled_mm_refuses_in_words():

@@ -3,9 +3,9 @@
     given scale   word = fp8(scale · x); the amax met on the way is the next steps' scale
     blocks        amax of each 1 x 128 and 128 x 1 strip, or of the 128 x 128 square, then as above
 
-A program takes a tile, scales it, and writes it twice: as it lies, and transposed through shared
-memory. The amax is found among the bits of the absolute values: as integers they have the floats'
-order, and NaN stands above all.
+A program takes a tile, scales it, and writes it as it lies; then takes it once more, from a cache,
+and writes it transposed through shared memory. The amax is found among the bits of the absolute
+values: as integers they have the floats' order, and NaN stands above all.
 
 Floor   bytes, for n numbers of b bytes: n (b + 2), and 8 n / 128 for the scales of blocks;
         current scaling, which must read twice: n (2 b + 2)
@@ -63,6 +63,11 @@ def fp8(x, END: tl.constexpr, kind: tl.constexpr):
 
 
 @triton.jit
+def one_over(x):
+    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+
+
+@triton.jit
 def quantize_kernel(
     x,
     scale,
@@ -84,41 +89,51 @@ def quantize_kernel(
 ):
     kind: tl.constexpr = row_values.dtype.element_ty
     # Neighbours in a row of tiles run together and share the lines of x.
-    tile_row, tile_column = tl.program_id(1), tl.program_id(0)
-    row = tile_row.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tile_column.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    tile_row, tile_column = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
+    row = tile_row * ROWS + tl.arange(0, ROWS)
+    column = tile_column * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row[:, None] < rows) & (column[None, :] < columns)
-    value = tl.load(x + row[:, None] * x_stride + column[None, :], inside, 0.0).to(tl.float32)
+    inside_column = (column[:, None] < columns) & (row[None, :] < rows)
+    at = x + row[:, None] * x_stride + column[None, :]
     at_row = row_values + row[:, None] * columns + column[None, :]
     at_column = column_values + column[:, None] * rows + row[None, :]
-    inside_column = (column[:, None] < columns) & (row[None, :] < rows)
+    at_strip = column_inverse + tile_row * columns + column
+    value = tl.load(at, inside, 0.0).to(tl.float32)
     bits = bits_of(value)
     if MODE == 0:
-        factor = tl.load(scale)
-        words = fp8(value * factor, END, kind)
-        tl.store(at_row, words, inside)
-        tl.store(at_column, tl.trans(words), inside_column)
+        row_factor = tl.load(scale)
+        column_factor = row_factor
         tl.atomic_max(amax_bits, tl.max(tl.max(bits, axis=1), axis=0), sem="relaxed")
         if tile_row + tile_column == 0:
-            tl.store(row_inverse, tl.div_rn(1.0, factor))
+            tl.store(row_inverse, tl.div_rn(1.0, row_factor))
     elif MODE == 1:
+        tl.store(at_strip, tl.max(bits, axis=0).to(tl.float32, bitcast=True), column < columns)
         factor = scale_of_bits(tl.max(bits, axis=1), END, SMALLEST)
-        tl.store(at_row, fp8(value * factor[:, None], END, kind), inside)
+        row_factor = factor[:, None]
         # The scales lie with the rows dense, as cuBLAS reads them.
-        at = row_inverse + tile_column.to(tl.int64) * rows + row
-        tl.store(at, tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor), row < rows)
-        factor = scale_of_bits(tl.max(bits, axis=0), END, SMALLEST)
-        tl.store(at_column, tl.trans(fp8(value * factor[None, :], END, kind)), inside_column)
-        at = column_inverse + tile_row.to(tl.int64) * columns + column
-        tl.store(at, tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor), column < columns)
+        tl.store(row_inverse + tile_column * rows + row, one_over(factor), row < rows)
     else:
-        factor = scale_of_bits(tl.max(tl.max(bits, axis=1), axis=0), END, SMALLEST)
-        words = fp8(value * factor, END, kind)
-        tl.store(at_row, words, inside)
-        tl.store(at_column, tl.trans(words), inside_column)
-        inverse = tl.div_rn(1.0, factor)
-        tl.store(row_inverse + tile_row.to(tl.int64) * column_blocks + tile_column, inverse)
-        tl.store(column_inverse + tile_column.to(tl.int64) * row_blocks + tile_row, inverse)
+        row_factor = scale_of_bits(tl.max(tl.max(bits, axis=1), axis=0), END, SMALLEST)
+        column_factor = row_factor
+        inverse = tl.div_rn(1.0, row_factor)
+        tl.store(row_inverse + tile_row * column_blocks + tile_column, inverse)
+        tl.store(column_inverse + tile_column * row_blocks + tile_row, inverse)
+    tl.store(at_row, fp8(value * row_factor, END, kind), inside)
+    if MODE == 1:
+        # Through memory, and not through registers: then the compiler transposes x, 16 bits at a
+        # time, and not its words one by one.
+        tl.debug_barrier()
+        strip = tl.load(at_strip, column < columns, 0.0)
+        strip = scale_of_bits(bits_of(strip), END, SMALLEST)
+        column_factor = strip[:, None]
+    # Read again, from the nearest cache. A thread then keeps 64 numbers fewer while it looks for an
+    # amax, and each word is written once: where the same words go to both stores, ptxas 12.9 mixes
+    # them up (triton issue 11111).
+    value = tl.trans(tl.load(at, inside, 0.0)).to(tl.float32)
+    tl.store(at_column, fp8(value * column_factor, END, kind), inside_column)
+    if MODE == 1:
+        tl.debug_barrier()  # every thread has read the amaxes
+        tl.store(at_strip, one_over(strip), column < columns)
 
 
 @torch.library.custom_op("ml_studies::quantize_fp8", mutates_args=())

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from statistics import fmean, stdev
 
@@ -37,6 +37,7 @@ from implementations.sources.text import bible_characters
 from implementations.training.accumulation import next_token_loss
 
 LENGTH, BATCH = 64, 8
+characters = cache(bible_characters)
 RUNS = ("fp32", "bf16", "fp16", "fp8 current", "fp8 delayed", "fp8 block")
 
 
@@ -57,7 +58,7 @@ class Config:
 def train(name: str, seed: int, config: Config) -> list[float]:
     """The losses of one run."""
     torch.set_num_threads(1)
-    text, alphabet = bible_characters("web")
+    text, alphabet = characters("web")
     sizes = {"width": config.width, "layers": config.layers, "heads": 4}
     torch.manual_seed(seed)
     decoder = Decoder(

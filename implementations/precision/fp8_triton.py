@@ -48,8 +48,12 @@ def bits_of(x):
 
 
 @triton.jit
-def scale_of_bits(bits, END: tl.constexpr, SMALLEST: tl.constexpr):
-    amax = bits.to(tl.float32, bitcast=True)
+def float_of(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scale_of(amax, END: tl.constexpr, SMALLEST: tl.constexpr):
     # Not maximum(): it would drop a NaN.
     scale = tl.div_rn(
         tl.full(amax.shape, END, tl.float32), tl.where(amax < SMALLEST, SMALLEST, amax)
@@ -97,43 +101,56 @@ def quantize_kernel(
     at = x + row[:, None] * x_stride + column[None, :]
     at_row = row_values + row[:, None] * columns + column[None, :]
     at_column = column_values + column[:, None] * rows + row[None, :]
-    at_strip = column_inverse + tile_row * columns + column
-    value = tl.load(at, inside, 0.0).to(tl.float32)
-    bits = bits_of(value)
+    value = tl.load(at, inside, 0.0)
+    bits = bits_of(value.to(tl.float32))
     if MODE == 0:
         row_factor = tl.load(scale)
         column_factor = row_factor
+        tl.store(at_row, fp8(value.to(tl.float32) * row_factor, END, kind), inside)
         tl.atomic_max(amax_bits, tl.max(tl.max(bits, axis=1), axis=0), sem="relaxed")
         if tile_row + tile_column == 0:
             tl.store(row_inverse, tl.div_rn(1.0, row_factor))
-    elif MODE == 1:
-        tl.store(at_strip, tl.max(bits, axis=0).to(tl.float32, bitcast=True), column < columns)
-        factor = scale_of_bits(tl.max(bits, axis=1), END, SMALLEST)
-        row_factor = factor[:, None]
-        # The scales lie with the rows dense, as cuBLAS reads them.
-        tl.store(row_inverse + tile_column * rows + row, one_over(factor), row < rows)
+        if x.dtype.element_ty == tl.float32:
+            # Words that go to both stores are mixed up by ptxas 12.9 (triton issue 11111), so they
+            # are made twice; of narrower numbers it is x that is transposed.
+            value = tl.load(at, inside, 0.0)
     else:
-        row_factor = scale_of_bits(tl.max(tl.max(bits, axis=1), axis=0), END, SMALLEST)
-        column_factor = row_factor
-        inverse = tl.div_rn(1.0, row_factor)
-        tl.store(row_inverse + tile_row * column_blocks + tile_column, inverse)
-        tl.store(column_inverse + tile_column * row_blocks + tile_row, inverse)
-    tl.store(at_row, fp8(value * row_factor, END, kind), inside)
-    if MODE == 1:
-        # Through memory, and not through registers: then the compiler transposes x, 16 bits at a
-        # time, and not its words one by one.
-        tl.debug_barrier()
-        strip = tl.load(at_strip, column < columns, 0.0)
-        strip = scale_of_bits(bits_of(strip), END, SMALLEST)
-        column_factor = strip[:, None]
-    # Read again, from the nearest cache. A thread then keeps 64 numbers fewer while it looks for an
-    # amax, and each word is written once: where the same words go to both stores, ptxas 12.9 mixes
-    # them up (triton issue 11111).
-    value = tl.trans(tl.load(at, inside, 0.0)).to(tl.float32)
+        if MODE == 1:
+            # Through memory: a thread finds amaxes of 4 rows and 16 columns together with others,
+            # makes a scale of one, and needs those of 4 rows of either form.
+            at_strip = (
+                row_inverse + tile_column * rows + row
+            )  # the rows dense, as cuBLAS reads them
+            at_column_strip = column_inverse + tile_row * columns + column
+            tl.store(at_strip, float_of(tl.max(bits, axis=1)), row < rows)
+            tl.store(at_column_strip, float_of(tl.max(bits, axis=0)), column < columns)
+            tl.debug_barrier()
+            strip = scale_of(tl.load(at_strip, row < rows, 0.0), END, SMALLEST)
+            column_strip = tl.load(at_column_strip, column < columns, 0.0)
+            column_strip = scale_of(column_strip, END, SMALLEST)
+            tl.store(at_strip, strip, row < rows)
+            tl.store(at_column_strip, column_strip, column < columns)
+            tl.debug_barrier()
+            row_factor = tl.load(at_strip, row < rows, 1.0)[:, None]
+            column_factor = tl.load(at_column_strip, column < columns, 1.0)[:, None]
+        else:
+            row_factor = scale_of(float_of(tl.max(tl.max(bits, axis=1), axis=0)), END, SMALLEST)
+            column_factor = row_factor
+            inverse = tl.div_rn(1.0, row_factor)
+            tl.store(row_inverse + tile_row * column_blocks + tile_column, inverse)
+            tl.store(column_inverse + tile_column * row_blocks + tile_row, inverse)
+            tl.debug_barrier()
+        # Read again, from the nearest cache: 64 numbers fewer to keep while amaxes are looked for.
+        value = tl.load(at, inside, 0.0)
+        tl.store(at_row, fp8(value.to(tl.float32) * row_factor, END, kind), inside)
+        if x.dtype.element_ty == tl.float32:
+            value = tl.load(at, inside, 0.0)
+    value = tl.trans(value).to(tl.float32)
     tl.store(at_column, fp8(value * column_factor, END, kind), inside_column)
     if MODE == 1:
-        tl.debug_barrier()  # every thread has read the amaxes
-        tl.store(at_strip, one_over(strip), column < columns)
+        tl.debug_barrier()  # every thread has read the scales
+        tl.store(at_strip, one_over(strip), row < rows)
+        tl.store(at_column_strip, one_over(column_strip), column < columns)
 
 
 @torch.library.custom_op("ml_studies::quantize_fp8", mutates_args=())

@@ -179,7 +179,7 @@ def test_product_of_blocks_is_the_emulations(sizes, square):
     b = quantize_blocks(right, E4M3, (128, 128) if square else (1, 128))[0]
     exact = dequantize(a).double() @ dequantize(b).double().T
     # A term is cut at 2^-13 of the largest of the terms beside it: 128 times, in each block.
-    largest_right = spread(448 * b.inverse, (b.block[0], 1), (columns, inner // 128))
+    largest_right = spread(448 * b.inverse, (b.block[0], 1), torch.Size((columns, inner // 128)))
     limit = 128 * 2.0**-13 * (448 * a.inverse).double() @ largest_right.double().T
     got = product_scaled_mm(a, b, torch.bfloat16).double()
     assert ((got - exact).abs() <= limit + 2.0**-8 * exact.abs()).all()

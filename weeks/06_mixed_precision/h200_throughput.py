@@ -39,7 +39,6 @@ from implementations.precision.fp8 import (
     Fp8Linear,
     current,
     make_recipe,
-    product_naive,
     product_scaled_mm,
     with_fp8,
 )
@@ -48,6 +47,7 @@ from implementations.training.throughput import training_step
 
 PEAKS = {"fp32": 67e12, "tf32": 494.5e12, "bf16": 989e12, "fp16": 989e12, "fp8": 1979e12}
 GROUP = 128
+SCALINGS = ("delayed", "current", "block")
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,14 @@ def products(config: Config) -> list[Finding]:
     return findings
 
 
-def recipes(config: Config) -> dict[str, Callable]:
+def recipes(config: Config, names: tuple[str, ...]) -> dict[str, Callable]:
     """New recipes: the equations on a CPU, the kernel and the tensor cores on a GPU."""
     if config.device == "cpu":
-        how = {"product": product_naive}
-    else:
-        fast = partial(product_scaled_mm, fast_accumulation=True)
-        how = {"product": fast, "quantize": quantize_both_triton}
-        how["quantize_blocks"] = quantize_blocks_triton
-    names = ("delayed", "current") + (("block",) if config.device == "cpu" else ())
-    return {name: partial(make_recipe, name, **how) for name in names}
+        return {name: partial(make_recipe, name) for name in names}
+    how = {"quantize": quantize_both_triton, "quantize_blocks": quantize_blocks_triton}
+    # cuBLAS sums blocks in float32 only.
+    fast = {name: partial(product_scaled_mm, fast_accumulation=name != "block") for name in names}
+    return {name: partial(make_recipe, name, product=fast[name], **how) for name in names}
 
 
 def products_of(layer: nn.Module, x: Tensor, upstream: Tensor) -> None:
@@ -131,7 +129,9 @@ def linear_layers(config: Config) -> list[Finding]:
         upstream = torch.randn(config.tokens, outputs, device=config.device, dtype=torch.bfloat16)
         linear = nn.Linear(config.size, outputs, bias=False, device=config.device).bfloat16()
         layers = {"bf16": linear}
-        layers |= {name: Fp8Linear(linear, new()) for name, new in recipes(config).items()}
+        layers |= {
+            name: Fp8Linear(linear, new()) for name, new in recipes(config, SCALINGS).items()
+        }
 
         calls = {name: partial(products_of, layer) for name, layer in layers.items()}
         timings = time_interleaved(calls, x, upstream, rounds=config.rounds)
@@ -245,11 +245,14 @@ def training(config: Config) -> list[Finding]:
     length = min(2048, config.tokens)
     tokens = torch.randint(8192, (config.tokens // length, length + 1), device=config.device)
     steps = {}
-    choices = {"bf16": None} | {f"fp8, {name}": new for name, new in recipes(config).items()}
+    choices = {"bf16": None} | {
+        f"fp8, {name}": new for name, new in recipes(config, SCALINGS[:2]).items()
+    }
     for name, new in choices.items():
         torch.manual_seed(0)
-        decoder = Decoder(shape, attention_sdpa, **kernels).to(config.device)
-        decoder = with_fp8(decoder, new).to(config.device) if new else decoder
+        with torch.device(config.device):
+            decoder = Decoder(shape, attention_sdpa, **kernels)
+        decoder = with_fp8(decoder, new) if new else decoder
         steps[name] = training_step(decoder, decoder.parameters(), config.device)
     batch = tokens[:, :-1], tokens[:, 1:]
     timings = time_interleaved(steps, *batch, rounds=config.rounds)

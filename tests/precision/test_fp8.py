@@ -132,6 +132,14 @@ def test_delayed_scaling_by_hand():
     assert seen[4][1] == [4, -2]  # 16 is remembered, not only the 1 after it
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_too_large_becomes_the_end(dtype):
+    """A plain cast makes an infinity of it in e5m2, and in e4m3 what the version of torch likes."""
+    end = torch.finfo(dtype).max
+    stored = quantize(torch.tensor([[2 * end, -1.2 * end, end]]), dtype, torch.tensor(1.0))
+    assert dequantize(stored).tolist() == [[end, -end, end]]
+
+
 def test_history_forgets_the_oldest():
     history = torch.tensor([3.0, 2.0, 1.0])
     assert remembered(history, torch.tensor(7.0)).tolist() == [7, 3, 2]

@@ -13,7 +13,7 @@ Expected: int8 minds a factor of 10, e4m3 only one of 10,000, since its spacing 
 number; at 2²⁴ a tensor's scale leaves nothing of the other channels, a block's loses 127 of them.
 A jump costs a delayed scale one step, a fall the length of its memory. So a network goes on with
 blocks and stops with one scale a tensor; without a scale its gradients vanish; and a delayed scale
-without a cut at the format's end makes NaN as soon as a number grows.
+without a cut at the format's end becomes infinite as soon as a gradient grows.
 
 Paper   Micikevicius et al. 2022, arXiv:2209.05433; DeepSeek-V3, arXiv:2412.19437, 3.3.2
 Run     uv run python weeks/06_mixed_precision/why_fp8_is_stable.py
@@ -126,7 +126,7 @@ def unscaled(x: Tensor, dtype: torch.dtype) -> Both:
 def quantize_without_end(
     x: Tensor, dtype: torch.dtype, scale: Tensor
 ) -> tuple[Scaled, Scaled, Tensor]:
-    """`quantize_both` as a plain cast does it: what passes e4m3's end becomes NaN."""
+    """`quantize_both` as a plain cast does it: past e5m2's end is infinity."""
     words = (x * scale).to(dtype)
     return Scaled(words, 1 / scale), Scaled(words.T.contiguous(), 1 / scale), amax_of(x)
 

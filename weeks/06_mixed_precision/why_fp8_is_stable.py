@@ -197,7 +197,7 @@ def draw(
     right.axvline(len(next(iter(curves.values()))[0]) // 2, color="grey", linestyle=":")
     right.set(xlabel="step; the outlier appears at the dotted line", ylabel="loss, nats")
     for axes in (left, middle, right):
-        axes.legend(fontsize="small", loc="lower left" if axes is right else "best")
+        axes.legend(fontsize="small", loc="center right" if axes is right else "best")
 
 
 def main(config: Config) -> list[Finding]:

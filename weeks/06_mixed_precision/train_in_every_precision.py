@@ -10,7 +10,7 @@ seed's runs see the same windows, so their differences are taken in pairs.
 Paper   Micikevicius et al. 2017, arXiv:1710.03740; 2022, arXiv:2209.05433
 Run     uv run python weeks/06_mixed_precision/train_in_every_precision.py
         uv run python weeks/06_mixed_precision/train_in_every_precision.py --device cuda
-        --workers 10 --width 128 --steps 300 --seeds 5
+        --workers 4 --width 128 --steps 250 --seeds 4
 """
 
 from collections.abc import Iterator
@@ -140,4 +140,4 @@ def main(config: Config) -> list[Finding]:
 
 
 if __name__ == "__main__":
-    run(main, Config(), quick=Config(width=32, layers=1, steps=12, seeds=1))
+    run(main, Config(), quick=Config(width=32, layers=1, steps=8, seeds=1))

@@ -236,13 +236,19 @@ def product_scaled_mm(
         fast_accumulation: keep the running sums in the tensor core's own 14 bits or so.
 
     Raises:
-        ValueError: the inner size or the columns are no multiple of 16, or both sides are e5m2.
+        ValueError: the inner size or the columns are no multiple of 16, both sides are e5m2, or
+            squares of 128 x 128 do not fill an inner size in fours.
     """
     inner, columns = left.values.shape[1], right.values.shape[0]
     if inner % ALIGNMENT or columns % ALIGNMENT:
         raise ValueError(f"tensor cores take 16 numbers at a time, got {inner} and {columns}")
     if left.values.dtype == right.values.dtype == E5M2:
         raise ValueError("tensor cores have no product of e5m2 with e5m2")
+    square = (SIDE, SIDE) in (left.block, right.block)
+    if square and inner % (4 * SIDE):
+        # cuBLAS reads the rows of their scales in fours, and torch 2.11 takes only dense ones: on
+        # an H200 the product of 768 was wrong without a word.
+        raise ValueError(f"squares take an inner size in multiples of {4 * SIDE}, got {inner}")
     left_inverse, right_inverse = left.inverse, right.inverse
     if left.block is not None:
         left_inverse, right_inverse = laid_out(left), laid_out(right)

@@ -204,10 +204,13 @@ def test_scaled_mm_refuses_in_words():
     def scaled(rows, inner, dtype=E4M3):
         return Scaled(torch.zeros(rows, inner).to(dtype), torch.tensor(1.0))
 
+    square = scaled(128, 768)._replace(block=(128, 128))
     for left, right, sentence in (
         (scaled(4, 17), scaled(16, 17), "16 numbers at a time, got 17 and 16"),
         (scaled(4, 16), scaled(15, 16), "16 numbers at a time, got 16 and 15"),
         (scaled(4, 16, E5M2), scaled(16, 16, E5M2), "no product of e5m2 with e5m2"),
+        (scaled(128, 768), square, "inner size in multiples of 512, got 768"),
+        (square, scaled(128, 768), "inner size in multiples of 512, got 768"),
     ):
         with pytest.raises(ValueError, match=sentence):
             product_scaled_mm(left, right, torch.float32)

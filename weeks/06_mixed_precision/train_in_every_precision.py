@@ -9,8 +9,6 @@ seed's runs see the same windows, so their differences are taken in pairs.
 
 Paper   Micikevicius et al. 2017, arXiv:1710.03740; 2022, arXiv:2209.05433
 Run     uv run python weeks/06_mixed_precision/train_in_every_precision.py
-        uv run python weeks/06_mixed_precision/train_in_every_precision.py --device cuda
-        --workers 4 --width 128 --steps 250 --seeds 4
 """
 
 from collections.abc import Iterator

@@ -6,9 +6,9 @@
     serial      remarks of the assembler that these must wait for each other (C7510 and its kin)
 
 The interpreter, which runs the kernels in the tests, knows nothing of all this. A kernel file
-(its name ends as ENDINGS say) offers itself through a function `variants()` that yields
-`Variant`s; the files are found by their names. The interpreter must be off: Triton reads
-TRITON_INTERPRET when a kernel is decorated, so a process does one or the other.
+(its name ends as ENDINGS say, and a kernel is in it) offers itself through a function `variants()`
+that yields `Variant`s. The interpreter must be off: Triton reads TRITON_INTERPRET when a kernel is
+decorated, so a process does one or the other.
 
 Run     uv run python implementations/lab/ahead_of_time.py
         uv run python implementations/lab/ahead_of_time.py implementations/layers/rms_norm_triton.py
@@ -28,6 +28,7 @@ from implementations.lab.command_line import clear_errors
 
 ROOT = Path(__file__).parents[2]
 ENDINGS = ("_triton.py", "_hopper.py", "_hopper_backward.py")
+SIGNS = r"^@(triton|gluon)\.jit|^def variants\("  # decoder_triton.py has neither, only calls
 
 
 class Variant(NamedTuple):
@@ -66,9 +67,10 @@ class Cost(NamedTuple):
 
 
 def kernel_files() -> list[Path]:
-    """The kernel files of the package."""
+    """The files of the package that have kernels, or offer those of others."""
     found = sorted((ROOT / "implementations").rglob("*.py"))
-    return [path.relative_to(ROOT) for path in found if path.name.endswith(ENDINGS)]
+    named = (path for path in found if path.name.endswith(ENDINGS))
+    return [path.relative_to(ROOT) for path in named if re.search(SIGNS, path.read_text(), re.M)]
 
 
 def variants_of(path: Path) -> Iterator[Variant]:

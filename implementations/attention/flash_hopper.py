@@ -11,7 +11,6 @@ Shapes  query, output [..., head, query, dim]    key, value [..., key_head, key,
 Run     uv run python implementations/attention/flash_hopper.py
 """
 
-from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -42,13 +41,12 @@ from implementations.attention.flash_triton import (
     tile_of,
 )
 from implementations.attention.hopper_tiles import (
-    block_types,
+    gpu_is_missing,
     launch,
     multiprocessors,
     operator,
     tile_at,
 )
-from implementations.lab.ahead_of_time import Variant
 
 DIMS = (64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -220,34 +218,11 @@ def flash_attention_hopper_with_log_sum_exp(
     return in_four_dimensions(forward, query, key, value, causal, scale)
 
 
-def variants() -> Iterator[Variant]:
-    for dim, causal in ((64, True), (128, False), (128, True)):
-        yield variant(dim, causal, gl.bfloat16)
-    yield variant(64, True, gl.float16, consumers=3, registers=160)
-
-
-def variant(
-    dim: int, causal: bool, dtype: gl.dtype, consumers: int = 2, registers: int = 240
-) -> Variant:
-    rows = {"query": ROWS, "key": KEYS, "value": KEYS, "output": ROWS}
-    types = block_types({name: count.value for name, count in rows.items()}, dim, dtype)
-    types |= {"log_sum_exp": "*fp32"}
-    types |= dict.fromkeys(("tiles", "heads", "group", "queries", "keys"), "i32")
-    types |= {"scale": "fp32"}
-    constants = {"CAUSAL": causal, "PAIRED": causal}
-    constants |= {"CONSUMERS": consumers, "REGISTERS": registers}
-    label = f"forward, dim {dim}, {dtype}" + ", causal" * causal
-    return Variant(label, forward_kernel, types, constants, capabilities=(90,))
-
-
 def main() -> None:
     from implementations.attention_basic import attention_naive
     from implementations.lab.compare import allowed, error
 
-    if not torch.cuda.is_available():
-        print(
-            "there is no GPU: implementations/lab/ahead_of_time.py compiles the kernels without one"
-        )
+    if gpu_is_missing():
         return
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 8, 2000, 128, device="cuda").bfloat16() for _ in range(3))

@@ -51,7 +51,7 @@ from implementations.attention.flash_hopper_forward import (
     tma_store,
 )
 from implementations.attention.flash_triton import LOG2_E, own_tile
-from implementations.attention.hopper_tiles import block_types
+from implementations.attention.hopper_tiles import block_types, gpu_is_missing
 from implementations.lab.ahead_of_time import Variant
 
 QUERIES = gl.constexpr(64)  # of a block
@@ -339,10 +339,7 @@ def main() -> None:
     from implementations.attention_basic import attention_naive
     from implementations.lab.compare import assert_same_accuracy
 
-    if not torch.cuda.is_available():
-        print(
-            "there is no GPU: implementations/lab/ahead_of_time.py compiles the kernels without one"
-        )
+    if gpu_is_missing():
         return
     torch.manual_seed(0)
     inputs = [torch.randn(1, 8, 2000, 128, device="cuda").bfloat16() for _ in range(3)]

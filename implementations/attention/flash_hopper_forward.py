@@ -26,6 +26,7 @@ Run     uv run python implementations/attention/flash_hopper_forward.py
 """
 
 import math
+from collections.abc import Iterator
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -36,6 +37,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from implementations.attention.hopper_tiles import block_types
+from implementations.lab.ahead_of_time import Variant
 
 ROWS = gl.constexpr(64)  # queries of a consumer: one warpgroup's matrix instruction
 KEYS = gl.constexpr(128)  # keys of a block
@@ -272,8 +276,27 @@ def forward_kernel(
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
 
 
+def variants() -> Iterator[Variant]:
+    for dim, causal in ((64, True), (128, False), (128, True)):
+        yield variant(dim, causal, gl.bfloat16)
+    yield variant(64, True, gl.float16, consumers=3, registers=160)
+
+
+def variant(
+    dim: int, causal: bool, dtype: gl.dtype, consumers: int = 2, registers: int = 240
+) -> Variant:
+    rows = {"query": ROWS, "key": KEYS, "value": KEYS, "output": ROWS}
+    types = block_types({name: count.value for name, count in rows.items()}, dim, dtype)
+    types |= {"log_sum_exp": "*fp32"}
+    types |= dict.fromkeys(("tiles", "heads", "group", "queries", "keys"), "i32")
+    types |= {"scale": "fp32"}
+    constants = {"CAUSAL": causal, "PAIRED": causal}
+    constants |= {"CONSUMERS": consumers, "REGISTERS": registers}
+    label = f"forward, dim {dim}, {dtype}" + ", causal" * causal
+    return Variant(label, forward_kernel, types, constants, capabilities=(90,))
+
+
 def main() -> None:
-    from implementations.attention.flash_hopper import variants
     from implementations.lab.ahead_of_time import cost
 
     print("registers at launch, bytes spilled, matrix instructions; without a GPU")

@@ -124,6 +124,14 @@ def operator(
     return getattr(torch.ops.ml_studies, name).default
 
 
+def gpu_is_missing() -> bool:
+    """Whether there is no GPU to run on, said with what can be done without one."""
+    missing = not torch.cuda.is_available()
+    if missing:
+        print("there is no GPU: implementations/lab/ahead_of_time.py compiles kernels without one")
+    return missing
+
+
 def main() -> None:
     x = torch.zeros(1, 2, 1000, 64, dtype=torch.bfloat16)
     print("a tile of 128 rows of [1, 2, 1000, 64], in memory as the matrix unit wants it:")

@@ -44,7 +44,12 @@ from implementations.attention.flash_hopper_forward import (
     tma_store,
 )
 from implementations.attention.flash_triton import LOG2_E
-from implementations.attention.hopper_tiles import block_types, multiprocessors, tile_at
+from implementations.attention.hopper_tiles import (
+    block_types,
+    gpu_is_missing,
+    multiprocessors,
+    tile_at,
+)
 from implementations.lab.ahead_of_time import Variant
 
 SIZE = gl.constexpr(128)  # queries of a tile
@@ -410,10 +415,7 @@ def main() -> None:
     from implementations.attention_basic import attention_naive
     from implementations.lab.compare import allowed, error
 
-    if not torch.cuda.is_available():
-        print(
-            "there is no GPU: implementations/lab/ahead_of_time.py compiles the kernels without one"
-        )
+    if gpu_is_missing():
         return
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 8, 2048, 128, device="cuda").bfloat16() for _ in range(3))

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from implementations.lab.command_line import clear_errors
 
 ROOT = Path(__file__).parents[2]
-ENDINGS = ("_triton.py", "_hopper.py", "_hopper_backward.py")
+ENDINGS = ("_triton.py", "_hopper.py", "_hopper_forward.py", "_hopper_backward.py")
 SIGNS = r"^@(triton|gluon)\.jit|^def variants\("  # decoder_triton.py has neither, only calls
 
 

@@ -2,7 +2,7 @@
 
 A decoder of as many parameters learns digits as texts of pixels, given their label; it and a
 diffusion model are asked for digits, and judged by the same metrics. A pixel is one of 16 levels of
-grey for the decoder.
+grey for the decoder. Of both the weights are taken at which held-out digits cost least.
 
 Expected: both write digits. The decoder's likelihood is exact and free; its samples cost a pass for
 every pixel, one after another, where diffusion takes some dozens of passes over all of them.
@@ -33,6 +33,7 @@ from implementations.lab.files import run_folder
 from implementations.lab.findings import Finding, at_least, within
 from implementations.lab.script import run
 from implementations.models.decoder import Decoder
+from implementations.training.checkpoint import State, load_latest, save
 from implementations.training.loop import train
 from implementations.training.rows import RandomRows
 from implementations.training.settings import TrainingConfig
@@ -60,14 +61,16 @@ class Config:
     """of the training of the classifier that judges"""
 
 
-def trained_decoder(config: Config, size: int) -> tuple[Decoder, float]:
-    """The decoder at the end of its training, and the seconds that it took just now."""
+def trained_decoder(config: Config, size: int) -> tuple[Decoder, int, float]:
+    """The decoder as it was when held-out digits cost it least, the update at which that was, and
+    the seconds that its training took just now."""
     real = config.device != "cpu"
     torch.manual_seed(0)
     width, layers = (256, 8) if real else (64, 4)
     decoder = decoder_of(size, SHADES, 10, width, layers).to(config.device)
     data = pictures("mnist_5k", size)
     tokens = tokens_of(data.train.pixels, data.train.labels, SHADES).to(config.device)
+    held_out = tokens_of(*data.validation, SHADES).to(config.device)
     steps = config.updates or (3000 if real else 300)
     settings = TrainingConfig(
         steps=steps,
@@ -77,12 +80,26 @@ def trained_decoder(config: Config, size: int) -> tuple[Decoder, float]:
         compiled=real,
         checkpoint_every=max(1, steps // 4),
         log_every=max(1, steps // 100),
+        observe_every=max(1, steps // 20),
         keep=1,
     )
     folder = run_folder("pixels", asdict(config), __file__)
-    started = time.perf_counter()
-    train(decoder, RandomRows(tokens, batch=config.batch), settings, folder, loss=pixel_loss)
-    return decoder.eval(), time.perf_counter() - started
+    best = folder / "best"
+    best.mkdir(parents=True, exist_ok=True)
+
+    def look(step: int) -> dict[str, float]:
+        found, kept = bits(decoder, held_out), load_latest(best)
+        if kept is None or found < kept[1].scalars["bits"]:
+            state = State({"weights": decoder.state_dict()}, {"bits": found})
+            save(best, step, state, keep=1)
+        return {"held_out_bits": found}
+
+    rows, started = RandomRows(tokens, batch=config.batch), time.perf_counter()
+    train(decoder, rows, settings, folder, loss=pixel_loss, observe=look)
+    seconds = time.perf_counter() - started
+    update, kept = load_latest(best)
+    decoder.load_state_dict(kept.tensors["weights"])
+    return decoder.eval(), update, seconds
 
 
 @torch.no_grad()
@@ -109,7 +126,7 @@ def main(config: Config) -> list[Finding]:
         config.device, config.count, config.judge_steps, size=config.size, steps=config.training
     )
     diffusion, judge, labels = writer
-    decoder, seconds = trained_decoder(config, judge.size)
+    decoder, update, seconds = trained_decoder(config, judge.size)
     at_device = labels.to(config.device)
 
     def by_pixels() -> Tensor:
@@ -131,6 +148,7 @@ def main(config: Config) -> list[Finding]:
         Finding("parameters of the diffusion model", sizes[1]),
         Finding("parameters of the decoder, over those", sizes[0] / sizes[1], "x",
                 goal=within(0.8, 1.25)),
+        Finding("decoder: updates at the best held-out loss", update),
         Finding("decoder: bits a pixel of 16 greys, test digits", bits(decoder, test)),
         Finding("decoder: bits a pixel of 16 greys, training digits", bits(decoder, known)),
         Finding("decoder: training took", seconds, "s"),

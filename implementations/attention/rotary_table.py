@@ -25,6 +25,7 @@ class RotaryTable:
         dim: of a head.
         base: as in `rotate_half_split`.
         dtype: of the angles, float32 or wider.
+        device: where the heads are that it turns.
 
     Raises:
         ValueError: the dim is odd.
@@ -36,8 +37,9 @@ class RotaryTable:
         dim: int,
         base: float = 10000.0,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ):
-        angle = angles(torch.arange(count, dtype=dtype), dim, base)
+        angle = angles(torch.arange(count, dtype=dtype, device=device), dim, base)
         self.cos, self.sin, self.base = angle.cos(), angle.sin(), base
 
     def __call__(

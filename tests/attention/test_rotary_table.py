@@ -34,6 +34,11 @@ def test_a_decoder_writes_the_same_logits_over_its_cache():
         assert ours.equal(theirs)
 
 
+def test_the_table_stands_where_the_heads_are():
+    table, x = RotaryTable(8, 4, device="meta"), torch.randn(3, 4, device="meta")
+    assert table(x, torch.arange(3, device="meta")).is_meta
+
+
 def test_what_the_table_does_not_hold(unchecked):
     table, x = RotaryTable(8, 4), torch.randn(3, 4)
     for given, sentence in (

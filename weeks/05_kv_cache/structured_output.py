@@ -8,6 +8,7 @@ answer of a model of this size is. The mask costs little next to a pass of the m
 is made once.
 
 Run     uv run python weeks/05_kv_cache/structured_output.py
+        uv run python weeks/05_kv_cache/structured_output.py --device cuda --answers 16
 """
 
 import json
@@ -45,6 +46,8 @@ QUESTION = (
 class Config:
     """JSON with and without a mask."""
 
+    device: str = "cpu"
+    """cpu or cuda"""
     answers: int = 4
     """how many of each at once"""
     rounds: int = 4
@@ -67,7 +70,8 @@ def valid(text: str) -> bool:
 
 
 def main(config: Config) -> list[Finding]:
-    decoder, tokenizer = Decoder.from_smollm2(attention_sdpa), smollm2_tokenizer()
+    decoder = Decoder.from_smollm2(attention_sdpa).to(config.device)
+    tokenizer = smollm2_tokenizer()
     end, prompt = smollm2_vocabulary().end, tokenizer.encode(QUESTION).ids
     start = time.perf_counter()
     automaton = Automaton(expression_of(SCHEMA), smollm2_bytes(), end)

@@ -6,8 +6,8 @@ the text. A third task asks for nothing new: it repeats a list.
 
 Expected: every text is the same with and without guesses; in float32 a pass over several tokens
 rounds otherwise than a pass over one, so that a near tie may turn. A repetition is guessed nearly
-always, code oftener than prose; where little is guessed right, little is gained. On a GPU a pass of so small a
-model takes as long for five tokens as for one, so that the gain is nearly the tokens a pass.
+always, code oftener than prose; where little is guessed right, little is gained. On a GPU a pass of
+so small a model takes as long for five tokens as for one, so the gain is nearly the tokens a pass.
 
 Run     uv run python weeks/05_kv_cache/speculative.py
         uv run python weeks/05_kv_cache/speculative.py --device cuda --tokens 256 --prompts 4

@@ -31,7 +31,7 @@ from implementations.generative.diffusion_training import Training, put_back
 from implementations.generative.samplers import SAMPLERS
 from implementations.generative.schedules import SCHEDULES, Schedule
 from implementations.lab.files import run_folder
-from implementations.training.checkpoint import State, load_latest, save
+from implementations.training.checkpoint import State, load_finished, load_latest, save
 from implementations.training.guard import exclusive, stop_requests
 from implementations.training.run import Diverged
 
@@ -62,36 +62,33 @@ def train_or_load(config: DiffusionConfig, device: str = "cpu") -> Trained:
     """
     folder = run_folder(f"diffusion-{config.data}", asdict(config) | {"device": device})
     devices = [torch.device(device)] if device.startswith("cuda") else []
-    with (
-        torch.random.fork_rng(devices),
-        exclusive(folder_made(folder)),
-        stop_requests() as asked,
-    ):
-        found = load_latest(folder)
-        history, seconds, best = [], 0.0, {}
-        if found and found[1].scalars["finished"]:
-            step, (groups, scalars) = found
-            model, raw = (placed(config, torch.device(device)) for _ in range(2))
-            for network, part in ((model, groups["best"]), (raw, groups["weights"])):
-                network.load_state_dict(part)
-            return Trained(model.eval(), raw.eval(), scalars["history"], scalars["seconds"])
-        training = Training(config, device)
-        step = 0
-        if found:
-            step, (groups, scalars) = found
-            history, seconds, best = scalars["history"], scalars["seconds"], groups["best"]
-            put_back(training.tensors(), groups["state"])
-            print(f"going on from step {step} in {folder}", file=sys.stderr)
-        loop(training, folder, step, history, seconds, best, asked)
-        if asked:
-            print(f"stopped; the same command goes on: {folder}", file=sys.stderr)
-            raise SystemExit(128 + asked[0])
-    return train_or_load(config, device)
+    with torch.random.fork_rng(devices):
+        found = load_finished(folder)
+        if found is None:
+            with exclusive(folder, wait=True), stop_requests() as asked:
+                if load_finished(folder) is None:  # nor has it been trained while this one waited
+                    go_on(Training(config, device), folder, asked)
+            if asked:
+                print(f"stopped; the same command goes on: {folder}", file=sys.stderr)
+                raise SystemExit(128 + asked[0])
+            found = load_latest(folder)
+        _, (groups, scalars) = found
+        model, raw = (placed(config, torch.device(device)) for _ in range(2))
+        for network, part in ((model, groups["best"]), (raw, groups["weights"])):
+            network.load_state_dict(part)
+    return Trained(model.eval(), raw.eval(), scalars["history"], scalars["seconds"])
 
 
-def folder_made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def go_on(training: Training, folder: Path, asked: list) -> None:
+    """Train from the folder's newest checkpoint, or from the beginning."""
+    step, history, seconds, best = 0, [], 0.0, {}
+    found = load_latest(folder)
+    if found:
+        step, (groups, scalars) = found
+        history, seconds, best = scalars["history"], scalars["seconds"], groups["best"]
+        put_back(training.tensors(), groups["state"])
+        print(f"going on from step {step} in {folder}", file=sys.stderr)
+    loop(training, folder, step, history, seconds, best, asked)
 
 
 def loop(

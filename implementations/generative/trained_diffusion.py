@@ -58,7 +58,8 @@ def train_or_load(config: DiffusionConfig, device: str = "cpu") -> Trained:
 
     Raises:
         ValueError: a setting is wrong; Diverged, one too, if training ends in NaN.
-        SystemExit: after Ctrl-C or SIGTERM, when the checkpoint is written.
+        SystemExit: after Ctrl-C or SIGTERM, when the checkpoint is written; at once after Ctrl-C
+            while it waits for another process that trains the same.
     """
     folder = run_folder(f"diffusion-{config.data}", asdict(config) | {"device": device})
     devices = [torch.device(device)] if device.startswith("cuda") else []

@@ -89,7 +89,8 @@ def train(
             checkpoints are all damaged, or it holds another run (model, settings or data).
         Diverged: a loss, gradient or weight is not finite (a ValueError too).
         OSError: the folder cannot be written; the last checkpoint there is good.
-        SystemExit: after Ctrl-C (code 130) or SIGTERM (143), when the checkpoint is written.
+        SystemExit: after Ctrl-C (code 130) or SIGTERM (143), when the checkpoint is written; at
+            once after Ctrl-C while it waits.
     """
     config.check()
     model.train()

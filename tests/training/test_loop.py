@@ -18,7 +18,7 @@ from implementations.models.decoder import Decoder, DecoderConfig
 from implementations.training.accumulation import next_token_loss
 from implementations.training.checkpoint import checkpoint_path, checkpoints, load_latest
 from implementations.training.guard import exclusive
-from implementations.training.journal import LOG, read
+from implementations.training.journal import LOG, processor_seconds, read
 from implementations.training.loop import status, train
 from implementations.training.run import Diverged, Run
 from implementations.training.schedule import learning_rate
@@ -307,6 +307,20 @@ def test_a_finished_run_is_read_while_another_process_holds_the_folder(
     assert same_weights(read_back, whole) and read_back.training
     assert found == replace(expected, resumed_from=20)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+
+
+def test_its_time_is_written_before_the_end_that_others_read(
+    tiny, batches, config, tmp_path, monkeypatch
+):
+    seen, save = {}, Run.save
+
+    def watched(run):
+        seen[run.step] = processor_seconds(run.folder)
+        return save(run)
+
+    monkeypatch.setattr(Run, "save", watched)
+    result = train(tiny(), batches, config(), tmp_path)
+    assert 0 == seen[0] < seen[5] < seen[20] <= result.processor_seconds
 
 
 def test_the_end_of_a_shorter_run_is_no_end(tiny, batches, config, tmp_path):

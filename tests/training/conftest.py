@@ -80,7 +80,7 @@ def config():
 def while_held(capsys):
     """Calls something that waits for a folder, lets another work there, and returns its result."""
 
-    def run(folder, call, other=lambda: None):
+    def run(folder, call, other):
         with ThreadPoolExecutor(1) as pool:
             with exclusive(folder):
                 future, said = pool.submit(call), ""

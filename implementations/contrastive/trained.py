@@ -173,7 +173,7 @@ def train_or_load(config: Tower, read: Reader | None = None, device: str = "cpu"
         log_every=max(1, config.steps // 100),
         keep=1,
     )
-    train(model, batches(config, read), settings, folder, loss=loss)
+    train(model, batches(config, read), settings, folder, loss=loss, wait=True)
     return model.eval()
 
 

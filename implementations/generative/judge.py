@@ -24,19 +24,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from implementations.generative.diffusion_config import for_device
+from implementations.generative.diffusion_pictures import pictures
 from implementations.generative.metrics import (
     copied,
     frechet_distance,
     kernel_distance,
     precision_and_recall,
 )
-from implementations.generative.trained_diffusion import (
-    Trained,
-    for_device,
-    make,
-    pictures,
-    train_or_load,
-)
+from implementations.generative.trained_diffusion import Trained, make, train_or_load
 from implementations.models.picture_classifier import ClassifierConfig
 from implementations.models.picture_classifier import train_or_load as trained_classifier
 

@@ -15,6 +15,7 @@ Run     uv run python implementations/generative/trained.py
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -160,9 +161,8 @@ def train_or_load(config: VAEConfig) -> VAE:
         keep=1,
     )
     folder = run_folder(f"vae-{config.data}", asdict(config))
-    train(
-        model, batches(config), settings, folder, loss=lambda model, x: objective(config, model, x)
-    )
+    loss = partial(objective, config)
+    train(model, batches(config), settings, folder, loss=loss, wait=True)
     return model.eval()
 
 

@@ -90,6 +90,17 @@ class DecoderConfig:
     rotary_base: float = 10000.0
     dropout: float = 0.0
 
+    def require_llama(self) -> None:
+        """Refuse what was made for Llama alone: its kernels, its names, its peers.
+
+        Raises:
+            ValueError: the style is another one.
+        """
+        style = (self.norm, self.position, self.feed_forward)
+        if style != ("rms", "rotary", "swiglu"):
+            given = ", ".join(style)
+            raise ValueError(f"Llama's style is rms, rotary, swiglu, the decoder's {given}")
+
     def make_norm(self, norm: Callable[..., Tensor] | None = None) -> nn.Module:
         """The layer, around another function than the equation if one is given."""
         layer = partial(RMSNorm if self.norm == "rms" else LayerNorm, self.width, self.epsilon)
@@ -275,9 +286,7 @@ class Decoder(nn.Module):
         Raises:
             ValueError: the decoder is not of Llama's style, so that nobody else could read it.
         """
-        config = self.config
-        if (config.norm, config.position, config.feed_forward) != ("rms", "rotary", "swiglu"):
-            raise ValueError("only a decoder of Llama's style has Llama's parameter names")
+        self.config.require_llama()
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         write_atomically(path, safetensors.torch.save(to_published(state, LLAMA_NAMES)))
 

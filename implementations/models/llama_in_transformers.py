@@ -5,11 +5,43 @@ The same sizes, the same weights under their published names, torch's attention 
 Run     uv run python implementations/models/llama_in_transformers.py
 """
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from implementations.models.decoder import LLAMA_NAMES, Decoder
+from implementations.models.decoder import LLAMA_NAMES, Decoder, DecoderConfig
 from implementations.models.parameter_names import to_published
+
+
+def llama_config(config: DecoderConfig, **more: Any) -> LlamaConfig:
+    """The same sizes in transformers' words. No token pads, begins or ends a text.
+
+    Args:
+        more: settings of theirs, which come before these.
+
+    Raises:
+        ValueError: the decoder is not of Llama's style.
+    """
+    config.require_llama()
+    same = {
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.key_value_heads or config.heads,
+        "intermediate_size": config.hidden,
+        "max_position_embeddings": config.positions,
+        "rms_norm_eps": config.epsilon,
+        "rope_theta": config.rotary_base,
+        "attention_bias": config.bias,
+        "mlp_bias": config.bias,
+        "tie_word_embeddings": config.tied,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return LlamaConfig(**same | more)
 
 
 def llama_in_transformers(decoder: Decoder) -> LlamaForCausalLM:
@@ -20,29 +52,8 @@ def llama_in_transformers(decoder: Decoder) -> LlamaForCausalLM:
         ValueError: the decoder is not of Llama's style.
     """
     config, weight = decoder.config, decoder.embedding.weight
-    if (config.norm, config.position, config.feed_forward) != ("rms", "rotary", "swiglu"):
-        given = f"{config.norm}, {config.position}, {config.feed_forward}"
-        raise ValueError(f"Llama's style is rms, rotary, swiglu, the decoder's {given}")
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocabulary,
-            hidden_size=config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.key_value_heads or config.heads,
-            intermediate_size=config.hidden,
-            max_position_embeddings=config.positions,
-            rms_norm_eps=config.epsilon,
-            rope_theta=config.rotary_base,
-            attention_bias=config.bias,
-            mlp_bias=config.bias,
-            tie_word_embeddings=config.tied,
-            attn_implementation="sdpa",
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).to(weight.device, weight.dtype)
+    theirs = LlamaForCausalLM(llama_config(config, attn_implementation="sdpa"))
+    theirs = theirs.to(weight.device, weight.dtype)
     state = {name: tensor.contiguous() for name, tensor in decoder.state_dict().items()}
     missing, foreign = theirs.load_state_dict(to_published(state, LLAMA_NAMES), strict=False)
     assert foreign == [] and missing == (["lm_head.weight"] if config.tied else [])

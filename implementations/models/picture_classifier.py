@@ -11,12 +11,9 @@ Shapes  pixels [picture, channel, row, column], 0 where the paper is
 Run     uv run python implementations/models/picture_classifier.py
 """
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,7 +23,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from implementations.attention.vendor import attention_sdpa
 from implementations.contrastive.augmentation import Augmentation, augment
-from implementations.lab.files import run_folder, write_atomically
+from implementations.lab.files import run_folder
 from implementations.layers.patch_embedding import join_patches, split_patches
 from implementations.models.convolutional_network import ConvolutionalNetwork
 from implementations.models.vision_transformer import VisionTransformer, ViTConfig
@@ -140,7 +137,7 @@ class Trained(NamedTuple):
 
     model: nn.Module
     seconds: float
-    """that processors worked on its training, in all calls; waiting for a turn is not counted"""
+    """that processors worked on its training, in all calls"""
 
 
 def train_or_load(config: ClassifierConfig, device: str = "cpu") -> Trained:
@@ -170,19 +167,8 @@ def train_or_load(config: ClassifierConfig, device: str = "cpu") -> Trained:
         keep=1,
     )
     folder = run_folder(f"classifier-{config.data}", asdict(config) | {"device": device})
-    with counted(folder / "processor_seconds") as spent:
-        train(model, batch, settings, folder, loss=loss)
-    return Trained(model.eval(), float(spent.read_text("utf-8")))
-
-
-@contextmanager
-def counted(path: Path) -> Iterator[Path]:
-    """Add the processor time of what runs inside to a file, even if it is interrupted."""
-    before, started = float(path.read_text("utf-8")) if path.exists() else 0.0, time.process_time()
-    try:
-        yield path
-    finally:
-        write_atomically(path, str(before + time.process_time() - started))
+    done = train(model, batch, settings, folder, loss=loss, wait=True)
+    return Trained(model.eval(), done.processor_seconds)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,6 +141,19 @@ def load_latest(folder: Path) -> tuple[int, State] | None:
             print(f"refused {problem}; looking for the checkpoint before it", file=sys.stderr)
     if refused:
         raise ValueError(f"no good checkpoint is left in {folder}: {'; '.join(refused)}")
+    return None
+
+
+def load_finished(folder: Path) -> tuple[int, State] | None:
+    """Step and state of the newest checkpoint, if its scalars say that the run was `finished` then.
+
+    It is replaced by none, and so it can be read while another process holds the folder. One that
+    cannot be read counts as none: why, says `load_latest`, when nobody else is writing.
+    """
+    for path in checkpoints(folder)[-1:]:
+        with suppress(ValueError, OSError):
+            if json.loads((path / SCALARS).read_bytes()).get("finished"):
+                return read_folder(path)
     return None
 
 

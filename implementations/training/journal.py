@@ -3,11 +3,16 @@
 A line is written whole and at once, so a killed run loses none but the last. A resumed run goes
 back to its checkpoint, and so does its diary: no step appears twice.
 
+Its other entry is the time that processors have worked on the run, in all calls.
+
 Run     uv run python implementations/training/journal.py [FOLDER]
 """
 
 import json
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +22,7 @@ from implementations.lab.command_line import clear_errors
 from implementations.lab.files import cache_folder, write_atomically
 from implementations.lab.pictures import save_figure
 
-LOG, PICTURE = "log.jsonl", "loss.png"
+LOG, PICTURE, SECONDS = "log.jsonl", "loss.png", "processor_seconds"
 
 
 def append(path: Path, line: dict) -> None:
@@ -49,6 +54,32 @@ def cut(path: Path, step: int) -> None:
     kept = [json.dumps(line) + "\n" for line in read(path) if line["step"] <= step]
     if path.exists():
         write_atomically(path, "".join(kept))
+
+
+@contextmanager
+def counted(folder: Path) -> Iterator[Callable[[], None]]:
+    """Add the processor time of what runs inside to the folder's, even if it is interrupted.
+
+    Gives a function that writes what it is by now: before a result, whose readers wait for nothing.
+    """
+    before, started = processor_seconds(folder), time.process_time()
+
+    def write() -> None:
+        write_atomically(folder / SECONDS, str(before + time.process_time() - started))
+
+    try:
+        yield write
+    except BaseException:
+        with suppress(OSError):  # on a full disk, say: the first error is the one to hear of
+            write()
+        raise
+    write()
+
+
+def processor_seconds(folder: Path) -> float:
+    """That were counted so far."""
+    path = folder / SECONDS
+    return float(path.read_text("utf-8")) if path.exists() else 0.0
 
 
 def draw(folder: Path) -> Path | None:

@@ -27,7 +27,15 @@ from implementations.training.accumulation import Loss, next_token_loss
 from implementations.training.batches import RandomWindows
 from implementations.training.checkpoint import checkpoint_path
 from implementations.training.guard import exclusive, stop_requests
-from implementations.training.journal import LOG, append, cut, draw
+from implementations.training.journal import (
+    LOG,
+    PICTURE,
+    append,
+    counted,
+    cut,
+    draw,
+    processor_seconds,
+)
 from implementations.training.run import Batches, Diverged, Observe, Run
 from implementations.training.settings import TrainingConfig
 
@@ -47,6 +55,8 @@ class TrainingResult:
     checkpoint: Path
     log: Path
     picture: Path | None
+    processor_seconds: float
+    """that processors worked on it, in all calls; waiting for a turn is not counted"""
 
 
 def train(
@@ -57,6 +67,7 @@ def train(
     *,
     loss: Loss = next_token_loss,
     observe: Observe | None = None,
+    wait: bool = False,
 ) -> TrainingResult:
     """Train `model` in place, or go on with what `folder` holds.
 
@@ -70,26 +81,27 @@ def train(
             asks a decoder for each next token.
         observe: called with the step every `observe_every` updates and at the end, the model in
             eval mode: print a sample, measure on other data. What it returns joins the log's line.
+        wait: while another process trains in the folder, and go on from what it leaves; guard.py
+            says for whom that is.
 
     Raises:
-        ValueError: a setting is wrong, another process trains in the folder, its checkpoints are
-            all damaged, or it holds another run (model, settings or data).
+        ValueError: a setting is wrong, another process trains in the folder and nobody waits, its
+            checkpoints are all damaged, or it holds another run (model, settings or data).
         Diverged: a loss, gradient or weight is not finite (a ValueError too).
         OSError: the folder cannot be written; the last checkpoint there is good.
-        SystemExit: after Ctrl-C (code 130) or SIGTERM (143), when the checkpoint is written.
+        SystemExit: after Ctrl-C (code 130) or SIGTERM (143), when the checkpoint is written; at
+            once after Ctrl-C while it waits.
     """
     config.check()
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / LOG
-    with exclusive(folder), stop_requests() as asked:
-        run = Run(model, batches, config, folder, loss)
+    model.train()
+    run, log = Run(model, batches, config, folder, loss), folder / LOG
+    if run.finished():
+        return result(run, began=config.steps)
+    with exclusive(folder, wait=wait), counted(folder) as note, stop_requests() as asked:
         began = run.resume()
         if began is None:
             run.save()
-        elif began == config.steps:
-            print(f"{folder} holds this run, finished: nothing is trained", file=sys.stderr)
         cut(log, run.step)
-        model.train()
         with progress(config, run.step) as bar:
             while run.step < config.steps and not asked:
                 line = updated(run, folder)
@@ -99,21 +111,36 @@ def train(
                 if last or run.step % config.log_every == 0:
                     append(log, line)
                 if last or run.step % config.checkpoint_every == 0:
+                    note()
                     run.save()
                 bar.set_postfix_str(status(line), refresh=False)
                 bar.update()
         if run.saved != run.step:  # asked to stop between two checkpoints
             run.save()
-        picture = draw(folder)
-        checkpoint = checkpoint_path(folder, run.step)
+        draw(folder)
     if asked:
         print(
-            f"stopped by {asked[0].name} after step {run.step} of {config.steps}; {checkpoint} is "
-            "written: the same command goes on from there",
+            f"stopped by {asked[0].name} after step {run.step} of {config.steps}; "
+            f"{checkpoint_path(folder, run.step)} is written: the same command goes on from there",
             file=sys.stderr,
         )
         raise SystemExit(128 + asked[0])
-    return TrainingResult(run.step, run.last_loss, run.tokens, began, checkpoint, log, picture)
+    return result(run, began)
+
+
+def result(run: Run, began: int | None) -> TrainingResult:
+    """Of a run that has come to its end."""
+    folder, picture = run.folder, run.folder / PICTURE
+    return TrainingResult(
+        steps=run.step,
+        loss=run.last_loss,
+        tokens=run.tokens,
+        resumed_from=began,
+        checkpoint=checkpoint_path(folder, run.step),
+        log=folder / LOG,
+        picture=picture if picture.exists() else draw(folder),
+        processor_seconds=processor_seconds(folder),
+    )
 
 
 def updated(run: Run, folder: Path) -> dict[str, float]:

@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from implementations.training.accumulation import Batch, Loss, accumulate, next_token_loss
 from implementations.training.batches import RandomWindows
-from implementations.training.checkpoint import State, checkpoints, load_latest, save
+from implementations.training.checkpoint import State, checkpoints, load_finished, load_latest, save
 from implementations.training.schedule import learning_rate, parameter_groups
 from implementations.training.settings import TrainingConfig
 from implementations.training.state import capture, device_of, digest, restore
@@ -121,6 +121,7 @@ class Run:
             "loss": self.last_loss if self.step else None,
             "config": self.config.binding(),
             "next_batch": digest(self.batches(self.step)) if unfinished else None,
+            "finished": not unfinished,
         }
         state = State(capture(self.model, self.optimizer), scalars)
         path = save(self.folder, self.step, state, keep=self.config.keep)
@@ -136,14 +137,32 @@ class Run:
         found = load_latest(self.folder)
         if found is None:
             return None
-        step, (tensors, scalars) = found
+        self.go_back(*found)
+        return self.step
+
+    def finished(self) -> bool:
+        """Go to this run's end if the folder holds it; nobody needs the folder alone for that.
+
+        Raises:
+            ValueError: it is the end of a run of another model, settings or data.
+        """
+        found = load_finished(self.folder)
+        if found is None or found[0] != self.config.steps:
+            return False
+        self.go_back(*found)
+        return True
+
+    def go_back(self, step: int, state: State) -> None:
+        tensors, scalars = state
         if not self.config.allow_changes:
             self.require_same(step, scalars)
         restore(self.model, self.optimizer, tensors)
         self.step, self.saved, self.tokens = step, step, scalars["tokens"]
         self.last_loss = math.nan if scalars["loss"] is None else scalars["loss"]
-        print(f"going on from step {step} in {self.folder}", file=sys.stderr)
-        return step
+        if step == self.config.steps:
+            print(f"{self.folder} holds this run, finished: nothing is trained", file=sys.stderr)
+        else:
+            print(f"going on from step {step} in {self.folder}", file=sys.stderr)
 
     def require_same(self, step: int, scalars: dict) -> None:
         """Another setting or text would make a run that no uninterrupted one could have been."""

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from implementations.generative.diffusion_config import for_device
 from implementations.generative.judge import Judge, candidate
-from implementations.generative.trained_diffusion import for_device, make
+from implementations.generative.trained_diffusion import make
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def test_a_second_call_reads_what_the_first_trained(cache, capsys):
     (folder,) = (cache / "runs").iterdir()
     capsys.readouterr()
     assert same_weights(first, train_or_load(SMALL))
-    assert f"going on from step 12 in {folder}" in capsys.readouterr().err
+    assert f"{folder} holds this run, finished" in capsys.readouterr().err
     assert not first.training
     assert not same_weights(first, untrained(SMALL))
 

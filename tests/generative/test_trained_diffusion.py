@@ -8,19 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from implementations.generative import trained_diffusion
+from implementations.generative import diffusion_training, trained_diffusion
 from implementations.generative.denoiser import generate, training_loss
+from implementations.generative.diffusion_config import DiffusionConfig, for_device, untrained
+from implementations.generative.diffusion_pictures import pictures
+from implementations.generative.diffusion_training import Training
 from implementations.generative.ema import decay_at
 from implementations.generative.samplers import SAMPLERS
 from implementations.generative.schedules import SCHEDULES
-from implementations.generative.trained_diffusion import (
-    DiffusionConfig,
-    Training,
-    for_device,
-    make,
-    pictures,
-    train_or_load,
-)
+from implementations.generative.trained_diffusion import make, train_or_load
 from implementations.lab.compare import allowed, error
 from implementations.training.run import Diverged
 
@@ -104,10 +100,9 @@ def test_times_of_a_batch_are_spread():
 
 def test_nan_stops_the_run(cache, monkeypatch):
     def broken(*args):
-        return trained_diffusion_loss(*args) * torch.nan
+        return training_loss(*args) * torch.nan
 
-    trained_diffusion_loss = trained_diffusion.training_loss
-    monkeypatch.setattr(trained_diffusion, "training_loss", broken)
+    monkeypatch.setattr(diffusion_training, "training_loss", broken)
     with pytest.raises(Diverged, match="the loss is nan between steps 0 and 25"):
         train_or_load(replace(TINY, steps=30))
 
@@ -132,7 +127,7 @@ def test_bad_settings():
     with pytest.raises(ValueError, match="sets are mnist_5k"):
         pictures("cifar", 32)
     with pytest.raises(ValueError, match="kanji has no labels to learn from"):
-        trained_diffusion.untrained(replace(TINY, data="kanji", size=8))
+        untrained(replace(TINY, data="kanji", size=8))
     assert for_device("cpu").size == 14 and for_device("cuda").size == 28
 
 
@@ -142,7 +137,7 @@ def gradients(model: nn.Module, inputs: list[torch.Tensor], narrow: bool) -> tor
         loss = training_loss(model, *inputs).mean()
     found = torch.autograd.grad(loss, list(model.parameters()))
     found = torch.cat([gradient.flatten() for gradient in found])
-    return found * (trained_diffusion.CLIP / found.norm()).clamp(max=1)
+    return found * (diffusion_training.CLIP / found.norm()).clamp(max=1)
 
 
 @pytest.fixture
@@ -194,7 +189,7 @@ def test_a_run_on_the_gpu_learns_as_one_on_the_cpu_does(cache, as_users_run_it):
 @pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpm++"])
 def test_samplers_on_the_gpu_are_those_on_the_cpu(name, as_users_run_it):
     """In float64, with labels and guidance; those with fresh noise draw it on their device."""
-    model = trained_diffusion.untrained(TINY).double()
+    model = untrained(TINY).double()
     nn.init.normal_(model.network.leave.weight, std=0.1)
     noise, labels = torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.arange(6)
     made = [

@@ -136,54 +136,16 @@ def test_a_module_takes_it():
     torch.testing.assert_close(layer(x), LayerNorm(63).to(DEVICE)(x))
 
 
-X, SCALE, SHIFT = torch.ones(2, 3), torch.ones(3), torch.ones(3)
-BAD = {
-    "integers": (X.int(), SCALE, "computes with floats, got torch.int32"),
-    "complex": (X.cfloat(), SCALE, "computes with floats, got torch.complex64"),
-    "Boolean": (X.bool(), SCALE, "computes with floats, got torch.bool"),
-    "no axis": (X[0, 0], SCALE, r"at least one number, got the shape \(\)"),
-    "no channel": (X[:, :0], SCALE[:0], r"at least one number, got the shape \(2, 0\)"),
-    "scale too long": (X, torch.ones(4), r"scale needs 3 numbers, one a channel, got \(4,\)"),
-    "scale too short": (X, torch.ones(1), r"scale needs 3 numbers, one a channel, got \(1,\)"),
-    "scale a matrix": (X, torch.ones(1, 3), r"scale needs 3 numbers, .* got \(1, 3\)"),
-    "scale of integers": (X, SCALE.int(), "scale holds floats, got torch.int32"),
-    "scale elsewhere": (X, SCALE.to("meta"), "scale is on meta, x on cpu"),
-}
-RESIDUALS = {
-    "other rows": (torch.ones(1, 3), r"residual has the shape \(1, 3\), x \(2, 3\)"),
-    "other width": (torch.ones(2, 1), r"residual has the shape \(2, 1\), x \(2, 3\)"),
-    "other rank": (torch.ones(1, 2, 3), r"residual has the shape \(1, 2, 3\)"),
-    "other dtype": (X.half(), "residual is torch.float16, x torch.float32"),
-    "elsewhere": (X.to("meta"), "residual is on meta, x on cpu"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_a_sentence(case):
-    x, scale, sentence = BAD[case]
-    shift = torch.ones(x.shape[-1]) if x.ndim else SHIFT
+def test_bad_input_is_a_sentence(bad_rows):
+    x, scale, sentence = bad_rows
+    shift = torch.ones(x.shape[-1] if x.ndim else 3)
     with pytest.raises(ValueError, match=sentence):
         layer_norm_triton(x, scale, shift)
     with pytest.raises(ValueError, match=sentence):
         add_layer_norm_triton(x, x, scale, shift)
 
 
-@pytest.mark.parametrize("case", RESIDUALS)
-def test_a_bad_residual_is_a_sentence(case):
-    residual, sentence = RESIDUALS[case]
+def test_a_bad_residual_is_a_sentence(bad_residual):
+    x, residual, scale, sentence = bad_residual
     with pytest.raises(ValueError, match=sentence):
-        add_layer_norm_triton(X, residual, SCALE, SHIFT)
-
-
-@pytest.mark.parametrize(
-    "shift, sentence",
-    [
-        (torch.ones(4), r"shift needs 3 numbers, one a channel, got \(4,\)"),
-        (torch.ones(3).int(), "shift holds floats, got torch.int32"),
-        (torch.ones(3).half(), "share a dtype, got torch.float32 and torch.float16"),
-        (torch.ones(3, device="meta"), "shift is on meta, x on cpu"),
-    ],
-)
-def test_a_bad_shift_is_a_sentence(shift, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        layer_norm_triton(X, SCALE, shift)
+        add_layer_norm_triton(x, residual, scale, torch.ones(3))

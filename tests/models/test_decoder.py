@@ -7,16 +7,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from implementations.attention.vendor import attention_sdpa
 from implementations.models.decoder import GPT2, SMOLLM2, Decoder, DecoderConfig
+from implementations.models.llama_in_transformers import llama_config
 from implementations.sources.text import bible_verses
 from implementations.sources.weights import smollm2_tokenizer
 
@@ -25,30 +20,11 @@ SMALL = DecoderConfig(
 )
 
 
-def llama(config: DecoderConfig) -> LlamaForCausalLM:
-    """transformers' Llama of the same sizes, randomly initialized, in float64."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocabulary,
-            hidden_size=config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.key_value_heads or config.heads,
-            intermediate_size=config.hidden,
-            max_position_embeddings=config.positions,
-            rms_norm_eps=config.epsilon,
-            rope_theta=config.rotary_base,
-            tie_word_embeddings=config.tied,
-            initializer_range=0.2,
-        )
-    ).double()
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_llama_style_equals_transformers_both_ways(tied, tmp_path):
     """Their file into our model, our file into theirs: the same logits."""
     config = DecoderConfig(**SMALL.__dict__ | {"tied": tied})
-    theirs = llama(config)
+    theirs = LlamaForCausalLM(llama_config(config, initializer_range=0.2)).double()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = Decoder.load(tmp_path / "theirs" / "model.safetensors", config)
     tokens = torch.randint(97, (2, 63))

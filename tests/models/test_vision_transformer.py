@@ -3,12 +3,12 @@
 import pytest
 import safetensors.torch
 import torch
-from transformers import ViTConfig as TheirConfig
 from transformers import ViTForImageClassification, ViTModel
 
 from implementations.attention.vendor import attention_sdpa
 from implementations.layers.patch_embedding import join_patches, split_patches
 from implementations.models.vision_transformer import VisionTransformer, ViTConfig
+from implementations.models.vit_in_transformers import vit_config
 
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")
 SMALL = {"image": 16, "patch": 4, "width": 32, "layers": 2, "heads": 4, "hidden": 48}
@@ -25,21 +25,7 @@ def ours(**changes):
 
 def theirs(config, kind=ViTModel, **options):
     """Transformers' model of the same sizes, every weight random: theirs start some at zero."""
-    model = kind(
-        TheirConfig(
-            hidden_size=config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            intermediate_size=config.hidden,
-            image_size=config.image,
-            patch_size=config.patch,
-            num_channels=config.channels,
-            layer_norm_eps=config.epsilon,
-            num_labels=config.classes or 2,
-            attn_implementation="eager",
-        ),
-        **options,
-    ).eval()
+    model = kind(vit_config(config, attn_implementation="eager"), **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2)
@@ -258,3 +244,9 @@ def test_a_file_of_another_size_is_refused():
     weights = ours(layers=3).published()
     with pytest.raises(RuntimeError, match=r"Unexpected key.*encoder\.layer\.2"):
         ours().load_published(weights)
+
+
+def test_transformers_has_no_such_vit():
+    for other in ({"position": "rotary"}, {"pooling": "mean"}, {"registers": 4}):
+        with pytest.raises(ValueError, match="ViT is learned, class, 0 registers"):
+            vit_config(ViTConfig(**SMALL, **other))

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from implementations.models.decoder import DecoderConfig
+from implementations.models.llama_in_transformers import llama_config
 from implementations.text.beam_search import beam_search
 from implementations.text.sampling import generate
 
@@ -114,21 +116,9 @@ def test_a_wider_beam_finds_what_greed_misses():
 
 @pytest.fixture(scope="module")
 def llama():
-    config = LlamaConfig(
-        vocab_size=23,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.6,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    config = DecoderConfig(23, 16, 2, 2, 24, positions=64, key_value_heads=1, tied=False)
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(llama_config(config, initializer_range=0.6, pad_token_id=0)).eval()
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])

@@ -6,9 +6,11 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.generation import logits_process as theirs
 
+from implementations.models.decoder import DecoderConfig
+from implementations.models.llama_in_transformers import llama_config
 from implementations.text.sampling import (
     SamplingSettings,
     generate,
@@ -221,21 +223,9 @@ def test_a_generator_repeats_its_draws_and_no_other_stream_is_touched():
 @pytest.fixture(scope="module")
 def llama():
     """A tiny Llama whose weights are large enough for clear preferences."""
-    config = LlamaConfig(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.6,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    config = DecoderConfig(37, 16, 2, 2, 24, positions=64, key_value_heads=1, tied=False)
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(llama_config(config, initializer_range=0.6, pad_token_id=0)).eval()
 
 
 def forward(llama):

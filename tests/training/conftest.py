@@ -1,12 +1,15 @@
 """A model with everything that a resumed run could forget, and a text for it."""
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 from implementations.training.batches import RandomWindows
+from implementations.training.guard import exclusive
 from implementations.training.settings import TrainingConfig
 
 VOCABULARY = 13
@@ -71,3 +74,21 @@ def config():
         return TrainingConfig(**(short | changes))
 
     return make
+
+
+@pytest.fixture
+def while_held(capsys):
+    """Calls something that waits for a folder, lets another work there, and returns its result."""
+
+    def run(folder, call, other):
+        with ThreadPoolExecutor(1) as pool:
+            with exclusive(folder):
+                future, said = pool.submit(call), ""
+                while f"waits for another process, which is training in {folder}" not in said:
+                    assert not future.done(), future.exception() or "it did not wait"
+                    time.sleep(0.01)
+                    said += capsys.readouterr().err
+                other()
+            return future.result()
+
+    return run

@@ -16,6 +16,7 @@ from implementations.training.checkpoint import (
     State,
     checkpoint_path,
     checkpoints,
+    load_finished,
     load_latest,
     save,
 )
@@ -67,6 +68,23 @@ def test_what_is_saved_comes_back_to_the_bit(two):
 def test_a_folder_without_checkpoints_is_a_beginning(tmp_path):
     assert load_latest(tmp_path) is None
     assert load_latest(tmp_path / "not there") is None
+
+
+def test_only_the_newest_one_can_be_the_end_and_only_whole(two):
+    """One that is damaged, or not yet written to its end, counts as none."""
+    assert load_finished(two) is None and load_finished(two / "not there") is None
+    end = state_of(30)._replace(scalars={"finished": True})
+    path = save(two, 30, end)
+    step, state = load_finished(two)
+    assert step == 30 and same(state, end)
+    weights = (path / "weights.safetensors").read_bytes()
+    (path / "weights.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert load_finished(two) is None
+    (path / SCALARS).unlink()
+    assert load_finished(two) is None
+    save(two, 30, end)
+    save(two, 40, state_of(40))  # it went on
+    assert load_finished(two) is None
 
 
 def test_only_safetensors_and_json_are_written(two):

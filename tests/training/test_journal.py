@@ -2,10 +2,19 @@
 
 import errno
 import json
+import time
 
 import pytest
 
-from implementations.training.journal import LOG, append, cut, draw, read
+from implementations.training.journal import (
+    LOG,
+    append,
+    counted,
+    cut,
+    draw,
+    processor_seconds,
+    read,
+)
 
 
 def write(path, steps):
@@ -51,3 +60,21 @@ def test_a_full_disk_names_the_log():
     with pytest.raises(OSError, match="/dev/full") as caught:
         append(Path("/dev/full"), {"step": 1})
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_time_is_counted_over_interruptions(tmp_path):
+    """Two stretches of 0.05 s of work, the first one interrupted; sleeping is not counted."""
+
+    def work(seconds):
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    assert processor_seconds(tmp_path) == 0
+    with pytest.raises(KeyboardInterrupt), counted(tmp_path):
+        work(0.05)
+        raise KeyboardInterrupt
+    with counted(tmp_path):
+        work(0.05)
+        time.sleep(0.2)
+    assert 0.1 <= processor_seconds(tmp_path) < 0.2

@@ -4,6 +4,7 @@ import errno
 import io
 import math
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from implementations.models.decoder import Decoder, DecoderConfig
 from implementations.training.accumulation import next_token_loss
 from implementations.training.checkpoint import checkpoint_path, checkpoints, load_latest
 from implementations.training.guard import exclusive
-from implementations.training.journal import LOG, read
+from implementations.training.journal import LOG, processor_seconds, read
 from implementations.training.loop import status, train
 from implementations.training.run import Diverged, Run
 from implementations.training.schedule import learning_rate
@@ -292,6 +293,68 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_any_work(
 def test_two_processes_do_not_share_a_folder(tiny, batches, config, tmp_path):
     with exclusive(tmp_path), pytest.raises(ValueError, match="another process is training"):
         train(tiny(), batches, config(), tmp_path)
+
+
+def test_a_finished_run_is_read_while_another_process_holds_the_folder(
+    tiny, batches, config, tmp_path
+):
+    whole = tiny()
+    expected = train(whole, batches, config(), tmp_path)
+    read_back = tiny(seed=99)
+    with exclusive(tmp_path):
+        written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        found = train(read_back, batches, config(), tmp_path, loss=stopping(1, fail))
+    assert same_weights(read_back, whole) and read_back.training
+    assert found == replace(expected, resumed_from=20)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+
+
+def test_its_time_is_written_before_the_end_that_others_read(
+    tiny, batches, config, tmp_path, monkeypatch
+):
+    seen, save = {}, Run.save
+
+    def watched(run):
+        seen[run.step] = processor_seconds(run.folder)
+        return save(run)
+
+    monkeypatch.setattr(Run, "save", watched)
+    result = train(tiny(), batches, config(), tmp_path)
+    assert 0 == seen[0] < seen[5] < seen[20] <= result.processor_seconds
+
+
+def test_the_end_of_a_shorter_run_is_no_end(tiny, batches, config, tmp_path):
+    """Ten updates more, asked for by who may change the settings; not asked for, a sentence."""
+    train(tiny(), batches, config(steps=10), tmp_path)
+    with pytest.raises(ValueError, match="began with steps = 10, not 20"):
+        train(tiny(), batches, config(), tmp_path)
+    longer = train(tiny(), batches, config(allow_changes=True), tmp_path)
+    assert (longer.resumed_from, longer.steps) == (10, 20)
+
+
+@pytest.mark.parametrize("left, trained", [("all of it", 0), ("half of it", 10)])
+def test_who_waits_goes_on_from_what_the_other_leaves(
+    tiny, batches, config, tmp_path, while_held, left, trained
+):
+    """From its end nothing is trained; from its last checkpoint the rest, to the same bits."""
+    whole = tiny()
+    train(whole, batches, config(), tmp_path / "all of it")
+    with pytest.raises(Stop):
+        train(tiny(), batches, config(), tmp_path / "half of it", loss=stopping(13, fail))
+    ours, calls = tiny(seed=99), []
+
+    def loss(model, batch):
+        calls.append(1)
+        return next_token_loss(model, batch)
+
+    def call():
+        return train(ours, batches, config(), tmp_path / "shared", loss=loss, wait=True)
+
+    def other():
+        shutil.copytree(tmp_path / left, tmp_path / "shared", dirs_exist_ok=True)
+
+    assert while_held(tmp_path / "shared", call, other).resumed_from == 20 - trained
+    assert same_weights(ours, whole) and len(calls) == trained
 
 
 # Another run than the one that began

@@ -13,7 +13,6 @@ Run     uv run python weeks/03_vision_transformers/vit_throughput.py --device cu
 from dataclasses import dataclass
 
 import torch
-from transformers import ViTConfig as TheirConfig
 from transformers import ViTForImageClassification
 
 from implementations.attention.vendor import attention_sdpa
@@ -21,6 +20,7 @@ from implementations.lab.findings import Finding, at_least, equals
 from implementations.lab.script import run
 from implementations.lab.timing import time_interleaved
 from implementations.models.vision_transformer import VisionTransformer, ViTConfig
+from implementations.models.vit_in_transformers import vit_config
 from implementations.training.throughput import training_step
 
 SMALL = {"image": 64, "patch": 8, "width": 128, "layers": 4, "heads": 4, "hidden": 512}
@@ -39,29 +39,11 @@ class Config:
     """timed rounds"""
 
 
-def transformers_vit(shape: ViTConfig) -> ViTForImageClassification:
-    """transformers' ViT of the same sizes, on torch's attention kernel."""
-    return ViTForImageClassification(
-        TheirConfig(
-            hidden_size=shape.width,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            intermediate_size=shape.hidden,
-            image_size=shape.image,
-            patch_size=shape.patch,
-            num_labels=shape.classes,
-            layer_norm_eps=shape.epsilon,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            attn_implementation="sdpa",
-        )
-    )
-
-
 def main(config: Config) -> list[Finding]:
     torch.manual_seed(0)
     shape = ViTConfig(**(SMALL if config.device == "cpu" else VIT_S), classes=1000)
-    theirs = transformers_vit(shape).to(config.device)
+    theirs = ViTForImageClassification(vit_config(shape, attn_implementation="sdpa"))
+    theirs = theirs.to(config.device)
     ours = VisionTransformer(shape, attention_sdpa).to(config.device)
     pixels = torch.randn(config.batch, 3, shape.image, shape.image, device=config.device)
     labels = torch.randint(1, 1000, (config.batch,), device=config.device)

@@ -24,15 +24,11 @@ from torch import Tensor, nn
 from implementations.flows.bijection import Flow
 from implementations.flows.dequantization import Dequantized, bits_per_dimension
 from implementations.generative.denoiser import QUIETEST
+from implementations.generative.diffusion_config import DiffusionConfig, for_device
+from implementations.generative.diffusion_pictures import pictures
 from implementations.generative.flow_likelihood import flow_log_likelihood
 from implementations.generative.schedules import variance_preserving
-from implementations.generative.trained_diffusion import (
-    DiffusionConfig,
-    Trained,
-    for_device,
-    pictures,
-    train_or_load,
-)
+from implementations.generative.trained_diffusion import Trained, train_or_load
 from implementations.lab.findings import Finding, at_least, at_most
 from implementations.lab.script import run
 

@@ -18,13 +18,9 @@ import torch
 from torch import Tensor
 
 from implementations.generative.denoiser import training_loss
-from implementations.generative.trained_diffusion import (
-    DiffusionConfig,
-    Trained,
-    for_device,
-    pictures,
-    train_or_load,
-)
+from implementations.generative.diffusion_config import DiffusionConfig, for_device
+from implementations.generative.diffusion_pictures import pictures
+from implementations.generative.trained_diffusion import Trained, train_or_load
 from implementations.lab.findings import Finding, at_least
 from implementations.lab.script import run
 

@@ -27,17 +27,13 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from implementations.generative.denoiser import asked, levels_for, to_unit
+from implementations.generative.diffusion_config import for_device
+from implementations.generative.diffusion_pictures import pictures
 from implementations.generative.judge import Judge, judge_of
 from implementations.generative.metrics import copied
 from implementations.generative.samplers import SAMPLERS, sample
 from implementations.generative.schedules import SCHEDULES
-from implementations.generative.trained_diffusion import (
-    Trained,
-    for_device,
-    make,
-    pictures,
-    train_or_load,
-)
+from implementations.generative.trained_diffusion import Trained, make, train_or_load
 from implementations.lab.findings import Finding, at_least, at_most
 from implementations.lab.script import run
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from implementations.attention.vendor import attention_sdpa
-from implementations.generative.trained_diffusion import Training, for_device
+from implementations.generative.diffusion_config import for_device
+from implementations.generative.diffusion_training import Training
 from implementations.lab.findings import Finding, at_least, equals
 from implementations.lab.script import run
 from implementations.lab.timing import time_interleaved

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from implementations.generative.denoiser import to_unit
+from implementations.generative.diffusion_pictures import pictures
 from implementations.generative.judge import candidate
 from implementations.generative.pixel_transformer import (
     decoder_of,
@@ -28,7 +29,6 @@ from implementations.generative.pixel_transformer import (
     tokens_of,
     write,
 )
-from implementations.generative.trained_diffusion import pictures
 from implementations.lab.files import run_folder
 from implementations.lab.findings import Finding, at_least, within
 from implementations.lab.script import run

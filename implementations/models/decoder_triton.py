@@ -31,11 +31,16 @@ def decoder_triton(
     Raises:
         ValueError: it is not of Llama's style.
     """
+    check_style(config)
+    kernels = {"norm": rms_norm_triton, "rotate": rotate_half_split_triton, "gated": swiglu_triton}
+    return Decoder(config, attention, **kernels)
+
+
+def check_style(config: DecoderConfig) -> None:
+    """Raise ValueError unless the decoder is of Llama's style."""
     if (config.norm, config.position, config.feed_forward) != ("rms", "rotary", "swiglu"):
         given = f"{config.norm}, {config.position}, {config.feed_forward}"
         raise ValueError(f"the kernels are for rms, rotary, swiglu, the decoder asks for {given}")
-    kernels = {"norm": rms_norm_triton, "rotate": rotate_half_split_triton, "gated": swiglu_triton}
-    return Decoder(config, attention, **kernels)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from implementations.models.decoder import Decoder
 from implementations.serving.block_manager import Text
-from implementations.serving.paged_cache import Batch, Group, PagedCache
+from implementations.serving.paged_cache import Batch, Group, PagedCache, Reader, reader
 from implementations.serving.scheduler import Chunk
 
 
@@ -43,14 +43,22 @@ class DecodeGraphs:
         cache: its pages, with an attention function that can be captured.
         most: how many tokens a pass reads at most.
         longest: the longest text.
+        read: the pass that is captured; `reader(decoder, cache)` unless given.
 
     Raises:
         ValueError: the decoder is not on a GPU.
     """
 
-    def __init__(self, decoder: Decoder, cache: PagedCache, most: int, longest: int):
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: PagedCache,
+        most: int,
+        longest: int,
+        read: Reader | None = None,
+    ):
         device = cache.pages.device
-        self.decoder, self.cache, self.most = decoder, cache, most
+        self.read, self.page, self.most = read or reader(decoder, cache), cache.page, most
         self.row = torch.zeros(2, most, dtype=torch.long, device=device)  # tokens and positions
         self.tables = Tables(most, -(-longest // cache.page), cache.spare, device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -60,11 +68,10 @@ class DecodeGraphs:
     def forward(self, size: int) -> Float[Tensor, "text vocabulary"]:
         """The pass over `size` tokens, from what `fill` has left on the device."""
         (tokens, positions), table = self.row[:, :size], self.tables.table[:size]
-        rows, page = torch.arange(size, device=table.device), self.cache.page
+        rows, page = torch.arange(size, device=table.device), self.page
         slots = table[rows, positions // page] * page + positions % page
         group = Group(slice(size), table, (positions + 1).int())
-        batch = Batch(tokens[None], positions, slots, [group], slice(size), rows, longest=size)
-        return self.decoder.logits(self.decoder.hidden(batch.tokens, self.cache.of(batch))[0])
+        return self.read(Batch(tokens[None], positions, slots, [group], slice(size), rows, size))
 
     @torch.no_grad()
     def capture(self, size: int) -> None:

@@ -31,7 +31,7 @@ from implementations.models.decoder import Decoder
 from implementations.serving.block_manager import BlockManager
 from implementations.serving.decode_graphs import DecodeGraphs
 from implementations.serving.draws import draw, uniform
-from implementations.serving.paged_cache import Batch, PagedCache
+from implementations.serving.paged_cache import Batch, PagedCache, Reader, reader
 from implementations.serving.scheduler import Chunk, Request, Scheduler
 from implementations.text.sampling import SamplingSettings, processed
 
@@ -115,6 +115,7 @@ class Engine:
         decode: makes text of tokens, for stop strings.
         graphs: capture passes over few tokens as CUDA graphs, now: as many as texts run at once, or
             256 if the budget allows; needs a GPU, and an attention function that can be captured.
+        reader: makes the function that reads a batch, as `reader` of serving/paged_cache.py.
 
     Raises:
         ValueError: as `PagedCache`, `BlockManager` and `Scheduler`; or graphs without a GPU.
@@ -133,14 +134,17 @@ class Engine:
         attention: Callable[..., Tensor] = attention_paged,
         decode: Callable[[list[int]], str] | None = None,
         graphs: bool = False,
+        reader: Callable[[Decoder, PagedCache], Reader] = reader,
     ):
         self.decoder, self.decode = decoder, decode
         self.longest = decoder.config.positions if longest is None else longest
         self.manager = BlockManager(blocks, page)
         self.scheduler = Scheduler(self.manager, batch, budget, chunk)
         self.cache = PagedCache(decoder, blocks, page, attention)
-        most = max(batch, min(budget, MOST_REPLAYED))
-        self.graphs = DecodeGraphs(decoder, self.cache, most, self.longest) if graphs else None
+        self.read_batch, self.graphs = reader(decoder, self.cache), None
+        if graphs:
+            sizes = max(batch, min(budget, MOST_REPLAYED)), self.longest
+            self.graphs = DecodeGraphs(decoder, self.cache, *sizes, self.read_batch)
 
     # Requests
 
@@ -282,9 +286,7 @@ class Engine:
         self.cache.copy(copies)
         if self.graphs is not None and sum(c.end - c.start for c in chunks) <= self.graphs.most:
             return self.graphs(chunks)
-        batch = Batch.of(chunks, self.cache.page, self.cache.pages.device)
-        hidden = self.decoder.hidden(batch.tokens, self.cache.of(batch))
-        return self.decoder.logits(hidden[0, batch.ends])
+        return self.read_batch(Batch.of(chunks, self.cache.page, self.cache.pages.device))
 
     def write(self, logits: Float[Tensor, "text vocabulary"], texts: list[Generation]) -> None:
         """Each text's next token, and what follows from it; what fails ends its text alone."""

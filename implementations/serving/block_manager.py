@@ -101,6 +101,9 @@ class BlockManager:
             return []
         start, partial = len(text.tokens), len(text.tokens) % self.page
         shared = partial > 0 and self.references[text.table[-1]] > 1
+        if not shared and 0 < partial < self.page - len(tokens):  # 14 of 16 times: nothing to do
+            text.tokens += tokens
+            return []
         missing = self.count(start + len(tokens)) - len(text.table)
         self.require(missing + shared, len(self.idle))
         copies = []

@@ -20,6 +20,7 @@ import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -79,6 +80,11 @@ class Parameters:
     def sampling(self) -> SamplingSettings:
         filters = self.top_k, self.top_p, self.min_p
         return SamplingSettings(self.temperature or 1.0, *filters, self.repetition_penalty)
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the likeliest token of the model itself is wanted."""
+        return (self.temperature, self.repetition_penalty, self.constraint) == (0, 1, None)
 
 
 @dataclass(eq=False)
@@ -274,7 +280,7 @@ class Engine:
             for chunk in chunks:
                 self.end(chunk.request, "error", problem)
             return [chunk.request for chunk in chunks]
-        ready = [row for row, chunk in enumerate(chunks) if not chunk.request.unread]
+        ready = [row for row, (text, _, end) in enumerate(chunks) if end == len(text.tokens)]
         generations = [chunks[row].request for row in ready]
         if ready:
             self.write(logits if len(ready) == len(chunks) else logits[ready], generations)
@@ -290,10 +296,12 @@ class Engine:
 
     def write(self, logits: Float[Tensor, "text vocabulary"], texts: list[Generation]) -> None:
         """Each text's next token, and what follows from it; what fails ends its text alone."""
-        largest, likeliest = (values.tolist() for values in logits.max(-1))
+        largest, chosen = (values.tolist() for values in logits.max(-1))
         rows: dict[tuple, list[int]] = defaultdict(list)  # those that are changed alike
         for row, text in enumerate(texts):
             parameters = text.parameters
+            if parameters.plain and math.isfinite(largest[row]):
+                continue
             try:
                 if not math.isfinite(largest[row]):
                     raise ValueError(f"the largest logit must be finite, got {largest[row]}")
@@ -306,10 +314,8 @@ class Engine:
             except Exception as problem:
                 self.end(text, "error", problem)
                 continue
-            if not plain(parameters):
-                alone = row if parameters.repetition_penalty != 1 else None
-                rows[parameters.sampling, parameters.temperature == 0, alone].append(row)
-        chosen = dict(enumerate(likeliest))
+            alone = row if parameters.repetition_penalty != 1 else None
+            rows[parameters.sampling, parameters.temperature == 0, alone].append(row)
         for (settings, greedy, alone), members in rows.items():
             previous = [] if alone is None else texts[alone].tokens
             seen = torch.tensor([previous] * len(members), device=logits.device).long()
@@ -320,11 +326,12 @@ class Engine:
                 places = ((texts[row].parameters.seed, len(texts[row].tokens)) for row in members)
                 u = torch.tensor([uniform(*place) for place in places], dtype=torch.float64)
                 tokens = draw(changed.softmax(-1), u.to(logits.device))
-            chosen |= zip(members, tokens.tolist(), strict=True)
-        for row, text in enumerate(texts):
+            for row, token in zip(members, tokens.tolist(), strict=True):
+                chosen[row] = token
+        for text, token in zip(texts, chosen, strict=True):
             if not text.finish:
                 try:
-                    self.append(text, chosen[row])
+                    self.append(text, token)
                 except Exception as problem:
                     self.end(text, "error", problem)
 
@@ -336,18 +343,15 @@ class Engine:
             ends = (*ends, parameters.constraint.end)
             if token not in ends:
                 text.state = parameters.constraint.after(text.state, token)
-        if token in ends or self.stopped(text):
+        if token in ends or (parameters.stop_strings and self.stopped(text)):
             self.end(text, "stop")
         elif len(text.tokens) == text.longest:
             self.end(text, "length")
 
     def stopped(self, text: Generation) -> bool:
         """Whether what was written holds a stop string."""
-        strings = text.parameters.stop_strings
-        if not strings:
-            return False
         written = self.decode(text.output)
-        return any(string in written for string in strings)
+        return any(string in written for string in text.parameters.stop_strings)
 
     def text(self, generation: Generation) -> str:
         """What a request has written, up to its first stop string.
@@ -365,12 +369,6 @@ class Engine:
         """Give its blocks back and say why."""
         self.scheduler.release(generation)
         generation.finish, generation.error = finish, error
-
-
-def plain(parameters: Parameters) -> bool:
-    """Whether the likeliest token of the model itself is wanted."""
-    changed = parameters.temperature, parameters.repetition_penalty, parameters.constraint
-    return changed == (0, 1, None)
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ class Request:
 
     @property
     def unread(self) -> int:
-        return len(self.tokens) - self.read
+        return len(self.tokens) - (0 if self.text is None else len(self.text.tokens))
 
 
 class Chunk(NamedTuple):
@@ -140,12 +140,13 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next pass; its blocks are taken, so it has to be made or `undo`ne."""
         before = self.preemptions
-        room = self.budget - sum(request.unread == 1 for request in self.running)
+        running = [(request, request.unread) for request in self.running]
+        room = self.budget - sum(unread == 1 for _, unread in running)
         chunks, copies = [], []
-        for request in list(self.running):  # the oldest first, so that no victim is planned already
+        for request, unread in running:  # the oldest first, so that no victim is planned already
             if request.text is None:
                 continue
-            start, unread = request.read, request.unread
+            start = len(request.tokens) - unread
             count = 1 if unread == 1 else min(unread, self.chunk, room)
             made = self.grow(request, count) if count else None
             if made is not None:

@@ -10,7 +10,8 @@ from implementations.models.decoder import Decoder, DecoderConfig
 from implementations.serving.block_manager import BlockManager
 from implementations.serving.decode_graphs import DecodeGraphs, Tables, sizes
 from implementations.serving.engine import Engine, Parameters
-from implementations.serving.paged_cache import PagedCache
+from implementations.serving.paged_cache import PagedCache, reader
+from implementations.serving.paged_cache_triton import reader_triton
 
 CONFIG = DecoderConfig(
     vocabulary=97, width=64, layers=2, heads=4, hidden=96, positions=128, key_value_heads=2
@@ -59,9 +60,10 @@ def test_a_token_of_a_prompt_is_a_text_that_ends_there(tiny, most):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("read", [reader, reader_triton], ids=lambda read: read.__name__)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
-def test_graphs_write_the_same_texts(dtype):
+def test_graphs_write_the_same_texts(dtype, read):
     """Batches that grow, shrink and are filled up; too little memory; greedy and sampled."""
     decoder = Decoder(CONFIG).to("cuda", dtype).eval()
     for parameter in decoder.parameters():
@@ -71,7 +73,7 @@ def test_graphs_write_the_same_texts(dtype):
     wanted = [Parameters(5 + 4 * i, temperature=(i % 2) * 0.8, seed=i) for i in range(7)]
     sizes = {"blocks": 20, "page": 16, "batch": 6, "budget": 64, "longest": 96}
     plain = Engine(decoder, **sizes).generate(prompts, wanted)
-    engine = Engine(decoder, **sizes, attention=attention_paged_triton, graphs=True)
+    engine = Engine(decoder, **sizes, attention=attention_paged_triton, graphs=True, reader=read)
     replayed, fill = [], engine.graphs.fill
     engine.graphs.fill = lambda chunks, left: replayed.append(chunks) or fill(chunks, left)
     assert [g.tokens for g in engine.generate(prompts, wanted)] == [g.tokens for g in plain]

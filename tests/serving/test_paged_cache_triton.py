@@ -27,7 +27,7 @@ def test_a_row_is_turned_and_kept(heads, key_heads, dim, dtype):
     """Heads and pairs that fill no power of two; the rest of the pages stays as it was."""
     row = torch.randn(7, (heads + 2 * key_heads) * dim, dtype=dtype, device=DEVICE)
     pages = torch.randn(2, 5, 4, key_heads, dim, dtype=dtype, device=DEVICE)
-    positions = torch.tensor([3, 0, 1, 500, 70_000, 9, 2], device=DEVICE)
+    positions = torch.tensor([3, 0, 1, 500, 700, 9, 2], device=DEVICE)
     slots = torch.tensor([0, 19, 4, 7, 1, 18, 10], device=DEVICE)
     query, key, value = row.clone().unflatten(1, (-1, dim)).split([heads, key_heads, key_heads], 1)
     turned = [rotate_half_split(x.transpose(0, 1), positions, 300.0) for x in (query, key)]
@@ -35,8 +35,8 @@ def test_a_row_is_turned_and_kept(heads, key_heads, dim, dtype):
     expected[0].flatten(0, 1)[slots] = turned[1].transpose(0, 1)
     expected[1].flatten(0, 1)[slots] = value
     got = turn_and_keep(row, pages, positions, slots, 300.0)
-    # Float32: an angle of 70,000 is known to 2^-8.
-    close = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 0, "atol": 0.05}
+    tolerance = 1e-10 if dtype == torch.float64 else 5e-4  # 4 times the last bit of an angle of 700
+    close = {"rtol": 0, "atol": tolerance}
     torch.testing.assert_close(got, turned[0].transpose(0, 1), **close)
     torch.testing.assert_close(pages, expected, **close)
 
@@ -95,8 +95,8 @@ def test_an_engine_writes_the_same_texts():
     """Too little memory, chunks of prompts, greedy and sampled."""
     decoder = awake(CONFIG, torch.float64)
     prompts = [torch.randint(29, (n,)).tolist() for n in (3, 9, 5)]
-    wanted = [Parameters(3 + i, temperature=(i % 2) * 0.8, seed=i) for i in range(3)]
-    sizes = {"blocks": 6, "page": 4, "batch": 3, "budget": 8}
+    wanted = [Parameters(6 + 2 * i, temperature=(i % 2) * 0.8, seed=i) for i in range(3)]
+    sizes = {"blocks": 5, "page": 4, "batch": 3, "budget": 8}
     engines = Engine(decoder, **sizes), Engine(decoder, **sizes, reader=reader_triton)
     naive, fast = (engine.generate(prompts, wanted) for engine in engines)
     assert [g.tokens for g in fast] == [g.tokens for g in naive]

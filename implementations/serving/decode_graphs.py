@@ -16,6 +16,7 @@ Run     uv run python implementations/serving/decode_graphs.py
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -91,26 +92,24 @@ class DecodeGraphs:
 
     def __call__(self, chunks: Sequence[Chunk]) -> Float[Tensor, "text vocabulary"]:
         """Logits after each chunk's last token; they are overwritten by the next call."""
-        counts = [end - start for _, start, end in chunks]
-        count = sum(counts)
+        count = sum(end - start for _, start, end in chunks)
         size = min(size for size in self.graphs if size >= count)
         self.fill(chunks, size - count)
         graph, logits = self.graphs[size]
         graph.replay()
         if count == len(chunks):
             return logits[:count]
-        ends = torch.tensor(counts).cumsum(0) - 1
+        ends = torch.tensor([end - start for _, start, end in chunks]).cumsum(0) - 1
         return logits[ends.to(logits.device)]
 
     def fill(self, chunks: Sequence[Chunk], left: int) -> None:
         """Copy what the graph reads: each token of the chunks as the end of a text, and then as
         many texts of one token in the spare block as places are left."""
-        tokens = [token for request, start, end in chunks for token in request.tokens[start:end]]
-        places = [place for _, start, end in chunks for place in range(start, end)]
-        texts = [request.text for request, start, end in chunks for _ in range(start, end)]
-        zeros = [0] * left
-        self.row[:, : len(tokens) + left] = torch.tensor([tokens + zeros, places + zeros])
-        self.tables.fill(texts + [None] * left)
+        ends = [(request, at) for request, start, end in chunks for at in range(start, end)]
+        tokens = [request.tokens[at] for request, at in ends] + [0] * left
+        places = [at for _, at in ends] + [0] * left
+        self.row[:, : len(tokens)] = torch.from_numpy(np.array([tokens, places]))
+        self.tables.fill([request.text for request, _ in ends] + [None] * left)
 
 
 class Tables:

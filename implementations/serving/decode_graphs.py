@@ -60,7 +60,8 @@ class DecodeGraphs:
     ):
         device = cache.pages.device
         self.read, self.page, self.most = read or reader(decoder, cache), cache.page, most
-        self.row = torch.zeros(2, most, dtype=torch.long, device=device)  # tokens and positions
+        # tokens, positions, and which of the tables is theirs
+        self.row = torch.zeros(3, most, dtype=torch.long, device=device)
         self.tables = Tables(most, -(-longest // cache.page), cache.spare, device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         for size in reversed(sizes(most)):  # the largest first: the others fit into its memory
@@ -68,7 +69,8 @@ class DecodeGraphs:
 
     def forward(self, size: int) -> Float[Tensor, "text vocabulary"]:
         """The pass over `size` tokens, from what `fill` has left on the device."""
-        (tokens, positions), table = self.row[:, :size], self.tables.table[:size]
+        tokens, positions, whose = self.row[:, :size]
+        table = self.tables.table[whose]
         rows, page = torch.arange(size, device=table.device), self.page
         slots = table[rows, positions // page] * page + positions % page
         group = Group(slice(size), table, (positions + 1).int())
@@ -108,39 +110,56 @@ class DecodeGraphs:
         ends = [(request, at) for request, start, end in chunks for at in range(start, end)]
         tokens = [request.tokens[at] for request, at in ends] + [0] * left
         places = [at for _, at in ends] + [0] * left
-        self.row[:, : len(tokens)] = torch.from_numpy(np.array([tokens, places]))
-        self.tables.fill([request.text for request, _ in ends] + [None] * left)
+        tables = self.tables.rows([request.text for request, _ in ends]) + [self.most] * left
+        self.row[:, : len(tokens)] = torch.from_numpy(np.array([tokens, places, tables]))
 
 
 class Tables:
-    """Block tables on the device. Few change from pass to pass, so only those are written anew, in
-    a copy on the host that travels as a whole.
+    """Block tables on the device. A text keeps its row while it is read, and few tables change from
+    pass to pass: what changed is written in a copy on the host that travels as a whole.
 
     Args:
-        most: how many there are.
+        most: how many there are. One more row stands last, for the places left over.
         entries: of the longest text's table.
         spare: the block of places left over.
         device: where the tables are read.
     """
 
     def __init__(self, most: int, entries: int, spare: int, device: torch.device):
-        self.host = torch.full((most, entries), spare, dtype=torch.int32)
+        self.host = torch.full((most + 1, entries), spare, dtype=torch.int32)
         if device.type == "cuda":
             self.host = self.host.pin_memory()
-        self.table, self.spare = self.host.to(device), spare
-        self.written: list[tuple[Text | None, int, int]] = [(None, 1, spare)] * most
+        self.table = self.host.to(device)
+        self.idle = list(range(most))
+        self.written: dict[Text, tuple[int, int, int]] = {}
+        """a text's row, the entries of its table and the last of them"""
 
-    def fill(self, texts: Sequence[Text | None]) -> None:
-        """The first rows are those of the texts, or the spare block's where there is none."""
-        rows = self.host.numpy()
-        for row, text in enumerate(texts):
-            table = [self.spare] if text is None else text.table
-            # A table only grows, but for its last block, which is copied when it was shared.
-            now = text, len(table), table[-1]
-            if now != self.written[row]:
-                rows[row, : len(table)] = table
-                self.written[row] = now
-        self.table[: len(texts)] = self.host[: len(texts)]
+    def rows(self, texts: Sequence[Text]) -> list[int]:
+        """The row of each text, with its table as it is now."""
+        host, rows = self.host.numpy(), []
+        for text in texts:
+            row, count, last = self.written.get(text, NOWHERE)
+            table = text.table
+            if len(table) != count or table[-1] != last:
+                if not count:
+                    row = self.take(texts)
+                # A table only grows, but for its last block, which is copied when it was shared.
+                known = max(count - 1, 0)
+                host[row, known : len(table)] = table[known:]
+                self.written[text] = row, len(table), table[-1]
+            rows.append(row)
+        self.table.copy_(self.host)
+        return rows
+
+    def take(self, texts: Sequence[Text]) -> int:
+        """A row that is free, or was that of a text which is not among these."""
+        if not self.idle:
+            for gone in self.written.keys() - set(texts):
+                self.idle.append(self.written.pop(gone)[0])
+        return self.idle.pop()
+
+
+NOWHERE = -1, 0, -1  # of a text that is not written
 
 
 def main() -> None:

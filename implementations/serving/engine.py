@@ -20,7 +20,7 @@ import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -184,7 +184,7 @@ class Engine:
         if not 0 <= parameters.temperature < math.inf:
             given = parameters.temperature
             raise ValueError(f"a temperature is 0 (greedy) or positive and finite, got {given}")
-        processed(torch.zeros(1, vocabulary), torch.zeros(1, 0).long(), parameters.sampling)
+        check_sampling(parameters.sampling)
         if parameters.stop_strings and self.decode is None:
             raise ValueError("stop strings need an engine with `decode`, this one has none")
         if "" in parameters.stop_strings:
@@ -369,6 +369,12 @@ class Engine:
         """Give its blocks back and say why."""
         self.scheduler.release(generation)
         generation.finish, generation.error = finish, error
+
+
+@lru_cache
+def check_sampling(settings: SamplingSettings) -> None:
+    """Raise ValueError unless logits can be processed so; thousands of requests ask for the same."""
+    processed(torch.zeros(1, 1), torch.zeros(1, 0).long(), settings)
 
 
 def main() -> None:

@@ -83,21 +83,24 @@ def test_graphs_write_the_same_texts(dtype, read):
 
 
 def test_tables_follow_their_texts():
-    """Rows that move, grow, are copied on write, are freed and come back: as written anew."""
+    """Rows that are kept, grow, are copied on write, are freed and come back: as written anew."""
     manager, tables = BlockManager(60, 2), Tables(5, 20, 60, torch.device("cpu"))
     texts = [manager.allocate([i] * (3 + 2 * i))[0] for i in range(4)]
     twin = manager.fork(texts[0])
     orders = [[0, 1, 2, 3], [0, 4, 1, 2, 3], [3, 1], [4, 0, 0, 2], [1, 1, 1, 1, 1]]
     texts.append(twin)
     for turn in range(30):
-        rows = [texts[i] for i in orders[turn % 5]] + [None] * (turn % 2)
-        for text in set(rows) - {None}:
+        batch = [texts[i] for i in orders[turn % 5]]
+        for text in set(batch):
             manager.append(text, [turn])
-        if turn == 17:
+        if turn % 4 == 3:  # another text, longer or shorter: more of them than there are rows
             manager.free(texts[2])
-            texts[2], _ = manager.allocate([9] * 8)
-            rows = [texts[i] for i in (2, 0)]
-        tables.fill(rows[:5])
-        for row, text in zip(tables.table.tolist(), rows, strict=False):
-            expected = [60] if text is None else text.table
-            assert row[: len(expected)] == expected
+            texts[2], _ = manager.allocate([9 + turn] * (2 + turn % 5))
+            batch = [texts[i] for i in (2, 0)]
+        before = dict(tables.written)
+        rows = tables.rows(batch)
+        for row, text in zip(rows, batch, strict=True):
+            assert tables.table[row].tolist()[: len(text.table)] == text.table
+            assert text not in before or before[text][0] == row
+        assert tables.table[5].tolist() == [60] * 20
+    assert len(set(tables.rows(texts))) == 5

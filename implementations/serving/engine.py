@@ -373,7 +373,7 @@ class Engine:
 
 @lru_cache
 def check_sampling(settings: SamplingSettings) -> None:
-    """Raise ValueError unless logits can be processed so; thousands of requests ask for the same."""
+    """Raise ValueError unless logits can be changed so; most requests ask for the same."""
     processed(torch.zeros(1, 1), torch.zeros(1, 0).long(), settings)
 
 

@@ -102,7 +102,8 @@ class BlockManager:
             return []
         start, partial = len(text.tokens), len(text.tokens) % self.page
         shared = partial > 0 and self.references[text.table[-1]] > 1
-        if not shared and 0 < partial < self.page - len(tokens):  # 14 of 16 times: nothing to do
+        # 14 of 16 tokens of a page begin no block, fill none and share none.
+        if not shared and 0 < partial < self.page - len(tokens):
             text.tokens += tokens
             return []
         missing = self.count(start + len(tokens)) - len(text.table)

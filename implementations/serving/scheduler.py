@@ -45,7 +45,7 @@ class Request:
 
     @property
     def unread(self) -> int:
-        return len(self.tokens) - (0 if self.text is None else len(self.text.tokens))
+        return len(self.tokens) - self.read
 
 
 class Chunk(NamedTuple):

@@ -218,8 +218,10 @@ def variants() -> Iterator[Variant]:
     types |= {"positions": "*i64", "frequencies": "*fp32"}
     constants = {"GIVEN": True, "SIGN": 1.0, "DIM": 128, "INTERLEAVED": False}
     constants |= {"HEADS": HEADS, "TOKENS": NUMBERS // 128 // HEADS, "PAIRS": 64}
-    # Not in the walk over heads: the 28 bytes in which a sine reduces an angle over 10^5.
-    yield Variant("half split", rotate_kernel, types, constants, WARPS, most_spilled=32)
+    # Not in the walk over heads: the 28 bytes in which a sine reduces an angle over 10^5. For an
+    # H200 the same lines are compiled in serving/paged_cache_triton.py.
+    name = "half split"
+    yield Variant(name, rotate_kernel, types, constants, WARPS, most_spilled=32, capabilities=(80,))
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ Run     uv run python implementations/serving/block_manager.py
 """
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -101,6 +102,10 @@ class BlockManager:
             return []
         start, partial = len(text.tokens), len(text.tokens) % self.page
         shared = partial > 0 and self.references[text.table[-1]] > 1
+        # 14 of 16 tokens of a page begin no block, fill none and share none.
+        if not shared and 0 < partial < self.page - len(tokens):
+            text.tokens += tokens
+            return []
         missing = self.count(start + len(tokens)) - len(text.table)
         self.require(missing + shared, len(self.idle))
         copies = []
@@ -164,7 +169,7 @@ class BlockManager:
         digests = list(known)
         for start in range(len(known) * self.page, len(tokens) - self.page + 1, self.page):
             parent = digests[-1] if digests else b""
-            block = repr(tokens[start : start + self.page]).encode()
+            block = array("q", tokens[start : start + self.page]).tobytes()
             digests.append(hashlib.sha256(parent + block).digest())
         return digests
 

@@ -16,13 +16,14 @@ Run     uv run python implementations/serving/decode_graphs.py
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from implementations.models.decoder import Decoder
 from implementations.serving.block_manager import Text
-from implementations.serving.paged_cache import Batch, Group, PagedCache
+from implementations.serving.paged_cache import Batch, Group, PagedCache, Reader, reader
 from implementations.serving.scheduler import Chunk
 
 
@@ -43,15 +44,24 @@ class DecodeGraphs:
         cache: its pages, with an attention function that can be captured.
         most: how many tokens a pass reads at most.
         longest: the longest text.
+        read: the pass that is captured; `reader(decoder, cache)` unless given.
 
     Raises:
         ValueError: the decoder is not on a GPU.
     """
 
-    def __init__(self, decoder: Decoder, cache: PagedCache, most: int, longest: int):
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: PagedCache,
+        most: int,
+        longest: int,
+        read: Reader | None = None,
+    ):
         device = cache.pages.device
-        self.decoder, self.cache, self.most = decoder, cache, most
-        self.row = torch.zeros(2, most, dtype=torch.long, device=device)  # tokens and positions
+        self.read, self.page, self.most = read or reader(decoder, cache), cache.page, most
+        # tokens, positions, and which of the tables is theirs
+        self.row = torch.zeros(3, most, dtype=torch.long, device=device)
         self.tables = Tables(most, -(-longest // cache.page), cache.spare, device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         for size in reversed(sizes(most)):  # the largest first: the others fit into its memory
@@ -59,12 +69,12 @@ class DecodeGraphs:
 
     def forward(self, size: int) -> Float[Tensor, "text vocabulary"]:
         """The pass over `size` tokens, from what `fill` has left on the device."""
-        (tokens, positions), table = self.row[:, :size], self.tables.table[:size]
-        rows, page = torch.arange(size, device=table.device), self.cache.page
+        tokens, positions, whose = self.row[:, :size]
+        table = self.tables.table[whose]
+        rows, page = torch.arange(size, device=table.device), self.page
         slots = table[rows, positions // page] * page + positions % page
         group = Group(slice(size), table, (positions + 1).int())
-        batch = Batch(tokens[None], positions, slots, [group], slice(size), rows, longest=size)
-        return self.decoder.logits(self.decoder.hidden(batch.tokens, self.cache.of(batch))[0])
+        return self.read(Batch(tokens[None], positions, slots, [group], slice(size), rows, size))
 
     @torch.no_grad()
     def capture(self, size: int) -> None:
@@ -84,57 +94,72 @@ class DecodeGraphs:
 
     def __call__(self, chunks: Sequence[Chunk]) -> Float[Tensor, "text vocabulary"]:
         """Logits after each chunk's last token; they are overwritten by the next call."""
-        counts = [end - start for _, start, end in chunks]
-        count = sum(counts)
+        count = sum(end - start for _, start, end in chunks)
         size = min(size for size in self.graphs if size >= count)
         self.fill(chunks, size - count)
         graph, logits = self.graphs[size]
         graph.replay()
         if count == len(chunks):
             return logits[:count]
-        ends = torch.tensor(counts).cumsum(0) - 1
+        ends = torch.tensor([end - start for _, start, end in chunks]).cumsum(0) - 1
         return logits[ends.to(logits.device)]
 
     def fill(self, chunks: Sequence[Chunk], left: int) -> None:
         """Copy what the graph reads: each token of the chunks as the end of a text, and then as
         many texts of one token in the spare block as places are left."""
-        tokens = [token for request, start, end in chunks for token in request.tokens[start:end]]
-        places = [place for _, start, end in chunks for place in range(start, end)]
-        texts = [request.text for request, start, end in chunks for _ in range(start, end)]
-        zeros = [0] * left
-        self.row[:, : len(tokens) + left] = torch.tensor([tokens + zeros, places + zeros])
-        self.tables.fill(texts + [None] * left)
+        ends = [(request, at) for request, start, end in chunks for at in range(start, end)]
+        tokens = [request.tokens[at] for request, at in ends] + [0] * left
+        places = [at for _, at in ends] + [0] * left
+        tables = self.tables.rows([request.text for request, _ in ends]) + [self.most] * left
+        self.row[:, : len(tokens)] = torch.from_numpy(np.array([tokens, places, tables]))
 
 
 class Tables:
-    """Block tables on the device. Few change from pass to pass, so only those are written anew, in
-    a copy on the host that travels as a whole.
+    """Block tables on the device. A text keeps its row while it is read, and few tables change from
+    pass to pass: what changed is written in a copy on the host that travels as a whole.
 
     Args:
-        most: how many there are.
+        most: how many there are. One more row stands last, for the places left over.
         entries: of the longest text's table.
         spare: the block of places left over.
         device: where the tables are read.
     """
 
     def __init__(self, most: int, entries: int, spare: int, device: torch.device):
-        self.host = torch.full((most, entries), spare, dtype=torch.int32)
+        self.host = torch.full((most + 1, entries), spare, dtype=torch.int32)
         if device.type == "cuda":
             self.host = self.host.pin_memory()
-        self.table, self.spare = self.host.to(device), spare
-        self.written: list[tuple[Text | None, int, int]] = [(None, 1, spare)] * most
+        self.table = self.host.to(device)
+        self.idle = list(range(most))
+        self.written: dict[Text, tuple[int, int, int]] = {}
+        """a text's row, the entries of its table and the last of them"""
 
-    def fill(self, texts: Sequence[Text | None]) -> None:
-        """The first rows are those of the texts, or the spare block's where there is none."""
-        rows = self.host.numpy()
-        for row, text in enumerate(texts):
-            table = [self.spare] if text is None else text.table
-            # A table only grows, but for its last block, which is copied when it was shared.
-            now = text, len(table), table[-1]
-            if now != self.written[row]:
-                rows[row, : len(table)] = table
-                self.written[row] = now
-        self.table[: len(texts)] = self.host[: len(texts)]
+    def rows(self, texts: Sequence[Text]) -> list[int]:
+        """The row of each text, with its table as it is now."""
+        host, rows = self.host.numpy(), []
+        for text in texts:
+            row, count, last = self.written.get(text, NOWHERE)
+            table = text.table
+            if len(table) != count or table[-1] != last:
+                if not count:
+                    row = self.take(texts)
+                # A table only grows, but for its last block, which is copied when it was shared.
+                known = max(count - 1, 0)
+                host[row, known : len(table)] = table[known:]
+                self.written[text] = row, len(table), table[-1]
+            rows.append(row)
+        self.table.copy_(self.host)
+        return rows
+
+    def take(self, texts: Sequence[Text]) -> int:
+        """A row that is free, or was that of a text which is not among these."""
+        if not self.idle:
+            for gone in self.written.keys() - set(texts):
+                self.idle.append(self.written.pop(gone)[0])
+        return self.idle.pop()
+
+
+NOWHERE = -1, 0, -1  # of a text that is not written
 
 
 def main() -> None:

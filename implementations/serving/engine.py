@@ -20,6 +20,7 @@ import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -31,7 +32,7 @@ from implementations.models.decoder import Decoder
 from implementations.serving.block_manager import BlockManager
 from implementations.serving.decode_graphs import DecodeGraphs
 from implementations.serving.draws import draw, uniform
-from implementations.serving.paged_cache import Batch, PagedCache
+from implementations.serving.paged_cache import Batch, PagedCache, Reader, reader
 from implementations.serving.scheduler import Chunk, Request, Scheduler
 from implementations.text.sampling import SamplingSettings, processed
 
@@ -80,6 +81,11 @@ class Parameters:
         filters = self.top_k, self.top_p, self.min_p
         return SamplingSettings(self.temperature or 1.0, *filters, self.repetition_penalty)
 
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the likeliest token of the model itself is wanted."""
+        return (self.temperature, self.repetition_penalty, self.constraint) == (0, 1, None)
+
 
 @dataclass(eq=False)
 class Generation(Request):
@@ -115,6 +121,7 @@ class Engine:
         decode: makes text of tokens, for stop strings.
         graphs: capture passes over few tokens as CUDA graphs, now: as many as texts run at once, or
             256 if the budget allows; needs a GPU, and an attention function that can be captured.
+        reader: makes the function that reads a batch, as `reader` of serving/paged_cache.py.
 
     Raises:
         ValueError: as `PagedCache`, `BlockManager` and `Scheduler`; or graphs without a GPU.
@@ -133,14 +140,17 @@ class Engine:
         attention: Callable[..., Tensor] = attention_paged,
         decode: Callable[[list[int]], str] | None = None,
         graphs: bool = False,
+        reader: Callable[[Decoder, PagedCache], Reader] = reader,
     ):
         self.decoder, self.decode = decoder, decode
         self.longest = decoder.config.positions if longest is None else longest
         self.manager = BlockManager(blocks, page)
         self.scheduler = Scheduler(self.manager, batch, budget, chunk)
         self.cache = PagedCache(decoder, blocks, page, attention)
-        most = max(batch, min(budget, MOST_REPLAYED))
-        self.graphs = DecodeGraphs(decoder, self.cache, most, self.longest) if graphs else None
+        self.read_batch, self.graphs = reader(decoder, self.cache), None
+        if graphs:
+            sizes = max(batch, min(budget, MOST_REPLAYED)), self.longest
+            self.graphs = DecodeGraphs(decoder, self.cache, *sizes, self.read_batch)
 
     # Requests
 
@@ -174,7 +184,7 @@ class Engine:
         if not 0 <= parameters.temperature < math.inf:
             given = parameters.temperature
             raise ValueError(f"a temperature is 0 (greedy) or positive and finite, got {given}")
-        processed(torch.zeros(1, vocabulary), torch.zeros(1, 0).long(), parameters.sampling)
+        check_sampling(parameters.sampling)
         if parameters.stop_strings and self.decode is None:
             raise ValueError("stop strings need an engine with `decode`, this one has none")
         if "" in parameters.stop_strings:
@@ -270,7 +280,7 @@ class Engine:
             for chunk in chunks:
                 self.end(chunk.request, "error", problem)
             return [chunk.request for chunk in chunks]
-        ready = [row for row, chunk in enumerate(chunks) if not chunk.request.unread]
+        ready = [row for row, (text, _, end) in enumerate(chunks) if end == len(text.tokens)]
         generations = [chunks[row].request for row in ready]
         if ready:
             self.write(logits if len(ready) == len(chunks) else logits[ready], generations)
@@ -282,16 +292,16 @@ class Engine:
         self.cache.copy(copies)
         if self.graphs is not None and sum(c.end - c.start for c in chunks) <= self.graphs.most:
             return self.graphs(chunks)
-        batch = Batch.of(chunks, self.cache.page, self.cache.pages.device)
-        hidden = self.decoder.hidden(batch.tokens, self.cache.of(batch))
-        return self.decoder.logits(hidden[0, batch.ends])
+        return self.read_batch(Batch.of(chunks, self.cache.page, self.cache.pages.device))
 
     def write(self, logits: Float[Tensor, "text vocabulary"], texts: list[Generation]) -> None:
         """Each text's next token, and what follows from it; what fails ends its text alone."""
-        largest, likeliest = (values.tolist() for values in logits.max(-1))
+        largest, chosen = (values.tolist() for values in logits.max(-1))
         rows: dict[tuple, list[int]] = defaultdict(list)  # those that are changed alike
         for row, text in enumerate(texts):
             parameters = text.parameters
+            if parameters.plain and math.isfinite(largest[row]):
+                continue
             try:
                 if not math.isfinite(largest[row]):
                     raise ValueError(f"the largest logit must be finite, got {largest[row]}")
@@ -304,10 +314,8 @@ class Engine:
             except Exception as problem:
                 self.end(text, "error", problem)
                 continue
-            if not plain(parameters):
-                alone = row if parameters.repetition_penalty != 1 else None
-                rows[parameters.sampling, parameters.temperature == 0, alone].append(row)
-        chosen = dict(enumerate(likeliest))
+            alone = row if parameters.repetition_penalty != 1 else None
+            rows[parameters.sampling, parameters.temperature == 0, alone].append(row)
         for (settings, greedy, alone), members in rows.items():
             previous = [] if alone is None else texts[alone].tokens
             seen = torch.tensor([previous] * len(members), device=logits.device).long()
@@ -318,11 +326,12 @@ class Engine:
                 places = ((texts[row].parameters.seed, len(texts[row].tokens)) for row in members)
                 u = torch.tensor([uniform(*place) for place in places], dtype=torch.float64)
                 tokens = draw(changed.softmax(-1), u.to(logits.device))
-            chosen |= zip(members, tokens.tolist(), strict=True)
-        for row, text in enumerate(texts):
+            for row, token in zip(members, tokens.tolist(), strict=True):
+                chosen[row] = token
+        for text, token in zip(texts, chosen, strict=True):
             if not text.finish:
                 try:
-                    self.append(text, chosen[row])
+                    self.append(text, token)
                 except Exception as problem:
                     self.end(text, "error", problem)
 
@@ -334,18 +343,15 @@ class Engine:
             ends = (*ends, parameters.constraint.end)
             if token not in ends:
                 text.state = parameters.constraint.after(text.state, token)
-        if token in ends or self.stopped(text):
+        if token in ends or (parameters.stop_strings and self.stopped(text)):
             self.end(text, "stop")
         elif len(text.tokens) == text.longest:
             self.end(text, "length")
 
     def stopped(self, text: Generation) -> bool:
         """Whether what was written holds a stop string."""
-        strings = text.parameters.stop_strings
-        if not strings:
-            return False
         written = self.decode(text.output)
-        return any(string in written for string in strings)
+        return any(string in written for string in text.parameters.stop_strings)
 
     def text(self, generation: Generation) -> str:
         """What a request has written, up to its first stop string.
@@ -365,10 +371,10 @@ class Engine:
         generation.finish, generation.error = finish, error
 
 
-def plain(parameters: Parameters) -> bool:
-    """Whether the likeliest token of the model itself is wanted."""
-    changed = parameters.temperature, parameters.repetition_penalty, parameters.constraint
-    return changed == (0, 1, None)
+@lru_cache
+def check_sampling(settings: SamplingSettings) -> None:
+    """Raise ValueError unless logits can be changed so; most requests ask for the same."""
+    processed(torch.zeros(1, 1), torch.zeros(1, 0).long(), settings)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ a pass are written before any query of that layer looks, so that a text may shar
 written in the same pass.
 
 Paper   Kwon et al. 2023, arXiv:2309.06180; Yu et al. 2022, Orca (OSDI '22): selective batching
+Fast    paged_cache_triton.py: the pass in ten launches a layer
 Shapes  query, key, value [1, head, token, dim]    pages [block, page, key_head, dim]
 Run     uv run python implementations/serving/paged_cache.py
 """
@@ -131,15 +132,19 @@ class PagedLayer:
         """Write all keys and values, then let each group's queries look at their texts."""
         for pages, new in zip(self.pages, (key, value), strict=True):
             pages.flatten(0, 1)[self.batch.slots] = new[0].transpose(0, 1)
-        outputs = [self.attend_group(query[0], group) for group in self.batch.groups]
-        return torch.cat(outputs, 1)[None, :, self.batch.order]
+        return self.look(query[0].transpose(0, 1)).transpose(0, 1)[None]
+
+    def look(self, query: Float[Tensor, "token head dim"]) -> Float[Tensor, "token head dim"]:
+        """Each group's queries look at their texts, whose keys are written."""
+        outputs = [self.attend_group(query[group.rows], group) for group in self.batch.groups]
+        together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return together[self.batch.order]
 
     def attend_group(
-        self, query: Float[Tensor, "head token dim"], group: Group
-    ) -> Float[Tensor, "head new dim"]:
-        tiles = len(group.lengths)
-        rows = "head (tile query) dim", "tile head query dim"
-        apart = rearrange(query[:, group.rows], " -> ".join(rows), tile=tiles)
+        self, query: Float[Tensor, "row head dim"], group: Group
+    ) -> Float[Tensor, "row head dim"]:
+        rows = "(tile query) head dim", "tile head query dim"
+        apart = rearrange(query, " -> ".join(rows), tile=len(group.lengths))
         tables = {"block_table": group.block_table, "cache_seqlens": group.lengths}
         output = self.attention(apart, *self.pages, **tables, causal=True)
         return rearrange(output, " -> ".join(reversed(rows)))
@@ -201,6 +206,19 @@ class PagedCache:
         return BatchCache([PagedLayer(pages, batch, self.attention) for pages in self.pages], batch)
 
 
+Reader = Callable[[Batch], Float[Tensor, "text vocabulary"]]
+
+
+def reader(decoder: Decoder, cache: PagedCache) -> Reader:
+    """A function that makes a pass over a batch: logits after each text's last token."""
+
+    def read(batch: Batch) -> Float[Tensor, "text vocabulary"]:
+        hidden = decoder.hidden(batch.tokens, cache.of(batch))
+        return decoder.logits(hidden[0, batch.ends])
+
+    return read
+
+
 @torch.no_grad()
 def main() -> None:
     from implementations.models.decoder import DecoderConfig
@@ -218,7 +236,7 @@ def main() -> None:
         request.text, _ = manager.allocate(tokens)
         chunks.append(Chunk(request, 0, len(tokens)))
     batch = Batch.of(chunks, page, torch.device("cpu"))
-    together = decoder(batch.tokens, cache.of(batch))[0, batch.ends]
+    together = reader(decoder, cache)(batch)
     for tokens, logits in zip(texts, together, strict=True):
         apart = (decoder(torch.tensor([tokens]))[0, -1] - logits).abs().max()
         print(f"{len(tokens):2} tokens: largest difference from the text alone {apart:.1e}")

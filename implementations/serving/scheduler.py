@@ -140,14 +140,15 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next pass; its blocks are taken, so it has to be made or `undo`ne."""
         before = self.preemptions
-        room = self.budget - sum(request.unread == 1 for request in self.running)
+        running = [(request, request.unread) for request in self.running]
+        room = self.budget - sum(unread == 1 for _, unread in running)
         chunks, copies = [], []
-        for request in list(self.running):  # the oldest first, so that no victim is planned already
+        for request, unread in running:  # the oldest first, so that no victim is planned already
             if request.text is None:
                 continue
-            start, unread = request.read, request.unread
+            start = len(request.tokens) - unread
             count = 1 if unread == 1 else min(unread, self.chunk, room)
-            made = self.grow(request, count) if count else None
+            made = self.grow(request, start, start + count) if count else None
             if made is not None:
                 room -= count if unread > 1 else 0
                 chunks.append(Chunk(request, start, start + count))
@@ -156,12 +157,11 @@ class Scheduler:
             chunks += self.admit(room)
         return Plan(chunks, copies)
 
-    def grow(self, request: Request, count: int) -> list[Copy] | None:
+    def grow(self, request: Request, start: int, end: int) -> list[Copy] | None:
         """Blocks for the next tokens, from younger requests if need be; None if it had to stop."""
         while request.text is not None:
             try:
-                start = request.read
-                return self.manager.append(request.text, request.tokens[start : start + count])
+                return self.manager.append(request.text, request.tokens[start:end])
             except OutOfBlocks:
                 self.preempt(self.running[-1])
         return None

@@ -10,7 +10,8 @@ from implementations.models.decoder import Decoder, DecoderConfig
 from implementations.serving.block_manager import BlockManager
 from implementations.serving.decode_graphs import DecodeGraphs, Tables, sizes
 from implementations.serving.engine import Engine, Parameters
-from implementations.serving.paged_cache import PagedCache
+from implementations.serving.paged_cache import PagedCache, reader
+from implementations.serving.paged_cache_triton import reader_triton
 
 CONFIG = DecoderConfig(
     vocabulary=97, width=64, layers=2, heads=4, hidden=96, positions=128, key_value_heads=2
@@ -59,9 +60,10 @@ def test_a_token_of_a_prompt_is_a_text_that_ends_there(tiny, most):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("read", [reader, reader_triton], ids=lambda read: read.__name__)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
-def test_graphs_write_the_same_texts(dtype):
+def test_graphs_write_the_same_texts(dtype, read):
     """Batches that grow, shrink and are filled up; too little memory; greedy and sampled."""
     decoder = Decoder(CONFIG).to("cuda", dtype).eval()
     for parameter in decoder.parameters():
@@ -71,7 +73,7 @@ def test_graphs_write_the_same_texts(dtype):
     wanted = [Parameters(5 + 4 * i, temperature=(i % 2) * 0.8, seed=i) for i in range(7)]
     sizes = {"blocks": 20, "page": 16, "batch": 6, "budget": 64, "longest": 96}
     plain = Engine(decoder, **sizes).generate(prompts, wanted)
-    engine = Engine(decoder, **sizes, attention=attention_paged_triton, graphs=True)
+    engine = Engine(decoder, **sizes, attention=attention_paged_triton, graphs=True, reader=read)
     replayed, fill = [], engine.graphs.fill
     engine.graphs.fill = lambda chunks, left: replayed.append(chunks) or fill(chunks, left)
     assert [g.tokens for g in engine.generate(prompts, wanted)] == [g.tokens for g in plain]
@@ -81,21 +83,24 @@ def test_graphs_write_the_same_texts(dtype):
 
 
 def test_tables_follow_their_texts():
-    """Rows that move, grow, are copied on write, are freed and come back: as written anew."""
+    """Rows that are kept, grow, are copied on write, are freed and come back: as written anew."""
     manager, tables = BlockManager(60, 2), Tables(5, 20, 60, torch.device("cpu"))
     texts = [manager.allocate([i] * (3 + 2 * i))[0] for i in range(4)]
     twin = manager.fork(texts[0])
     orders = [[0, 1, 2, 3], [0, 4, 1, 2, 3], [3, 1], [4, 0, 0, 2], [1, 1, 1, 1, 1]]
     texts.append(twin)
     for turn in range(30):
-        rows = [texts[i] for i in orders[turn % 5]] + [None] * (turn % 2)
-        for text in set(rows) - {None}:
+        batch = [texts[i] for i in orders[turn % 5]]
+        for text in set(batch):
             manager.append(text, [turn])
-        if turn == 17:
+        if turn % 4 == 3:  # another text, longer or shorter: more of them than there are rows
             manager.free(texts[2])
-            texts[2], _ = manager.allocate([9] * 8)
-            rows = [texts[i] for i in (2, 0)]
-        tables.fill(rows[:5])
-        for row, text in zip(tables.table.tolist(), rows, strict=False):
-            expected = [60] if text is None else text.table
-            assert row[: len(expected)] == expected
+            texts[2], _ = manager.allocate([9 + turn] * (2 + turn % 5))
+            batch = [texts[i] for i in (2, 0)]
+        before = dict(tables.written)
+        rows = tables.rows(batch)
+        for row, text in zip(rows, batch, strict=True):
+            assert tables.table[row].tolist()[: len(text.table)] == text.table
+            assert text not in before or before[text][0] == row
+        assert tables.table[5].tolist() == [60] * 20
+    assert len(set(tables.rows(texts))) == 5

@@ -69,9 +69,11 @@ def engine_of(config: Config) -> Engine:
         return Engine(Decoder(shape).double().eval(), **sizes)
     from implementations.attention.paged_triton import attention_paged_triton
     from implementations.models.decoder_triton import decoder_triton
+    from implementations.serving.paged_cache_triton import reader_triton
 
     decoder = decoder_triton(SMOLLM2).to(config.device, torch.bfloat16).eval()
-    return Engine(decoder, **sizes, attention=attention_paged_triton, graphs=True)
+    kernels = {"attention": attention_paged_triton, "reader": reader_triton}
+    return Engine(decoder, **sizes, **kernels, graphs=True)
 
 
 def serve(engine: Engine, work: list, arrivals: np.ndarray, static: bool) -> Served:

@@ -29,7 +29,6 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-from implementations.attention.paged import attention_paged
 from implementations.lab.findings import Finding, at_least
 from implementations.lab.script import run
 from implementations.models.decoder import SMOLLM2, Decoder, DecoderConfig
@@ -78,15 +77,17 @@ def work_of(config: Config, turn: int = 0) -> Work:
     return [(p.tolist(), answer) for p, answer in zip(prompts, answers, strict=True)]
 
 
-def decoder_of(config: Config, shape: DecoderConfig) -> tuple[Decoder, Callable]:
-    """A decoder and its attention from pages: readable on a CPU, kernels on a GPU."""
+def decoder_of(config: Config, shape: DecoderConfig) -> tuple[Decoder, dict[str, Callable]]:
+    """A decoder, its attention from pages and its pass: readable on a CPU, kernels on a GPU."""
     dtype = getattr(torch, config.dtype)
     if config.device == "cpu":
-        return Decoder(shape).to(dtype).eval(), attention_paged
+        return Decoder(shape).to(dtype).eval(), {}
     from implementations.attention.paged_triton import attention_paged_triton
     from implementations.models.decoder_triton import decoder_triton
+    from implementations.serving.paged_cache_triton import reader_triton
 
-    return decoder_triton(shape).to(config.device, dtype).eval(), attention_paged_triton
+    kernels = {"attention": attention_paged_triton, "reader": reader_triton}
+    return decoder_triton(shape).to(config.device, dtype).eval(), kernels
 
 
 def static_batches(config: Config, theirs: LlamaForCausalLM, work: Work, size: int) -> None:
@@ -161,7 +162,7 @@ def best_size(config: Config, theirs: LlamaForCausalLM) -> tuple[int, dict[int, 
 def main(config: Config) -> list[Finding]:
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    decoder, attention = decoder_of(config, replace(SMOLLM2, layers=config.layers))
+    decoder, kernels = decoder_of(config, replace(SMOLLM2, layers=config.layers))
     longest = config.prompts[1] + config.answers[1]
     engine = Engine(
         decoder,
@@ -170,8 +171,8 @@ def main(config: Config) -> list[Finding]:
         batch=config.requests,
         budget=max(32768, config.requests),
         longest=longest,
-        attention=attention,
         graphs=config.device != "cpu",
+        **kernels,
     )
     work = work_of(config)
     passes, tokens = serve(engine, work), sum(answer for _, answer in work)

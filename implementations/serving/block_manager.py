@@ -167,7 +167,7 @@ class BlockManager:
         digests = list(known)
         for start in range(len(known) * self.page, len(tokens) - self.page + 1, self.page):
             parent = digests[-1] if digests else b""
-            block = repr(tokens[start : start + self.page]).encode()
+            block = repr([*map(int, tokens[start : start + self.page])]).encode()
             digests.append(hashlib.sha256(parent + block).digest())
         return digests
 

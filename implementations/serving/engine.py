@@ -307,6 +307,8 @@ class Engine:
             return generations
         except BaseException as problem:
             self.scheduler.undo()
+            for text in [text for text in self.scheduler.waiting if text.finish]:
+                self.scheduler.release(text)  # it was ending
             if not chunks or not isinstance(problem, Exception):  # Ctrl-C is nobody's fault
                 raise
             for text, *_ in chunks:
@@ -379,21 +381,24 @@ class Engine:
         return draw(changed.softmax(-1), u.to(logits.device)).tolist()
 
     def append(self, text: Generation, token: int) -> None:
-        """One more token of a text, and its end if it is the last. Nothing has changed before all
-        that may fail, or take long enough to be interrupted, is done."""
+        """One more token of a text, and its end if it is the last. What may fail, or take long
+        enough to be interrupted, comes before the first change or after the last."""
         parameters, ends = text.parameters, text.parameters.stop_tokens
         constraint = parameters.constraint
         if constraint is not None:
             ends = (*ends, constraint.end)
             state = text.state if token in ends else constraint.after(text.state, token)
-        stops = token in ends or (parameters.stop_strings and self.stopped(text, token))
+        finish = ""
+        if token in ends or (parameters.stop_strings and self.stopped(text, token)):
+            finish = "stop"
+        elif len(text.tokens) + 1 >= text.longest:
+            finish = "length"
         text.tokens.append(token)
         if constraint is not None:
             text.state = state
-        if stops:
-            self.end(text, "stop")
-        elif len(text.tokens) >= text.longest:
-            self.end(text, "length")
+        if finish:
+            text.finish = finish
+            self.scheduler.release(text)
 
     def stopped(self, text: Generation, token: int) -> bool:
         """Whether what was written holds a stop string with this token."""

@@ -195,14 +195,12 @@ class Scheduler:
         return len(table) * manager.page if wanted <= idle else None
 
     def undo(self) -> None:
-        """A pass was planned or made, but not to its end, and nobody knows what the running texts
-        have in the cache: it cannot be found any more, and they wait again.
+        """A pass was planned or made, but not to its end: nobody knows what is in the cache, so it
+        is empty from here on, and all who ran wait again.
 
         A request is in one of the two queues at any time, so that an interrupt loses none.
         """
-        for text in list(self.manager.texts):
-            self.manager.forget(text, 0)
-            self.manager.free(text)
+        self.manager.clear(len(self.manager.references))
         everybody = {*self.running, *self.waiting}
         for request in everybody:
             request.text = None

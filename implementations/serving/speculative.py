@@ -177,10 +177,8 @@ def check_guess(guess: Sequence[int], q: Tensor, wanted: int, vocabulary: int) -
     if len(guess) > wanted:
         raise ValueError(f"a draft was asked for {wanted} guesses at most, got {len(guess)}")
     if guess and q.shape != (len(guess), vocabulary):
-        given = f"a draft's chances of shape {tuple(q.shape)}"
-        raise ValueError(
-            f"{len(guess)} guesses of {vocabulary} tokens each are needed, got {given}"
-        )
+        shape = tuple(q.shape)
+        raise ValueError(f"a draft gives {len(guess)} guesses of {vocabulary} chances, got {shape}")
     wrong = [token for token in guess if not 0 <= token < vocabulary]
     if wrong:
         raise ValueError(f"tokens are 0 to {vocabulary - 1} here, a draft guesses {wrong[0]}")

@@ -101,7 +101,8 @@ def test_verify_by_hand():
     assert verify(p, q, [0], [0.5], [0.33, 0.0]) == [1]
     assert verify(p, q, [0], [0.5], [0.34, 0.0]) == [2]
     # p and q differ by rounding only, so the residual is empty: p is drawn from.
-    p, q = torch.tensor([[0.5 - 1e-8, 0.5]] * 2).double(), torch.tensor([[0.5, 0.5]]).double()
+    p = torch.tensor([[0.5 - 1e-8, 0.5], [1.0, 0.0]], dtype=torch.float64)
+    q = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
     assert verify(p, q, [0], [1 - 2**-52], [0.7, 0.3]) == [1]
     # A later guess is not even looked at after one that was rejected.
     assert verify(torch.eye(3), torch.eye(3)[[1, 0]], [1, 0], [0.0, 0.0], [0.5] * 3) == [0]
@@ -190,7 +191,7 @@ def test_a_draft_that_breaks_its_promise_is_refused():
     for draft, sentence in (
         (Fixed([1] * 9), "2 guesses at most, got 9"),
         (Fixed([1, -2]), "0 to 2 here, a draft guesses -2"),
-        (Fixed([1, 1], vocabulary=4), r"2 guesses among 3 tokens.*\(2, 4\)"),
+        (Fixed([1, 1], vocabulary=4), r"2 guesses of 3 chances.*\(2, 4\)"),
     ):
         with pytest.raises(ValueError, match=sentence):
             generate_speculative(always(1), draft, [0], 3)

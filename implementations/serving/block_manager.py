@@ -59,6 +59,10 @@ class BlockManager:
         if min(blocks, page) < 1:
             raise ValueError(f"a cache needs blocks and tokens in them, got {blocks} of {page}")
         self.page = page
+        self.clear(blocks)
+
+    def clear(self, blocks: int) -> None:
+        """No text, and nothing to find."""
         self.references = [0] * blocks
         self.idle = OrderedDict.fromkeys(range(blocks))  # in no table; the first is taken first
         self.digest: dict[int, bytes] = {}  # of blocks that can be found again
@@ -147,18 +151,6 @@ class BlockManager:
         self.texts.remove(text)
         for block in reversed(text.table):
             self.release(block)
-
-    def forget(self, text: Text, start: int) -> None:
-        """Let nobody find the blocks that hold the text's tokens from `start` on: they were never
-        written.
-
-        Raises:
-            ValueError: the text was freed.
-        """
-        self.check(text)
-        for block in text.table[start // self.page :]:
-            if block in self.digest:
-                del self.found[self.digest.pop(block)]
 
     def count(self, tokens: int) -> int:
         """How many blocks hold so many tokens."""

@@ -35,8 +35,15 @@ def draw(
     """For each row a token with these chances, which need not sum to one, if u is uniform.
 
     The sums are in float64: 49,152 chances summed in float32 miss the last of them.
+
+    Raises:
+        ValueError: a row's sum is NaN, infinite or zero, so that there is nothing to draw.
     """
     sums = probability.double().cumsum(-1)
+    wrong = ~(sums[:, -1].isfinite() & (sums[:, -1] > 0))
+    if wrong.any():
+        total = sums[wrong, -1][0].item()
+        raise ValueError(f"chances sum to something positive and finite, got {total}")
     return torch.searchsorted(sums, u.double()[:, None] * sums[:, -1:], right=True)[:, 0]
 
 

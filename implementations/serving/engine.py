@@ -5,7 +5,8 @@
 What a request gets depends on nothing but itself: its logits on its own keys, its randomness on its
 seed and the place in its text, its end on its own tokens. So a request may be stopped and resumed,
 forked, or batched with any other, and in exact arithmetic its text is the same. What goes wrong
-inside a request ends that request alone.
+inside a request ends that request alone. What stops a pass (Ctrl-C, say) costs the texts that run
+their place in the cache: they are read again, and go on.
 
     engine = Engine(decoder, blocks=256)
     engine.generate(prompts, Parameters(max_tokens=32, temperature=0.8))    all at once
@@ -17,8 +18,9 @@ Run     uv run python implementations/serving/engine.py
 
 import asyncio
 import math
+import operator
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Literal, Protocol, runtime_checkable
@@ -34,7 +36,7 @@ from implementations.serving.decode_graphs import DecodeGraphs
 from implementations.serving.draws import draw, uniform
 from implementations.serving.paged_cache import Batch, PagedCache, Reader, reader
 from implementations.serving.scheduler import Chunk, Request, Scheduler
-from implementations.text.sampling import SamplingSettings, processed
+from implementations.text.sampling import SamplingSettings, greedy, processed
 
 MOST_REPLAYED = 256  # tokens: beyond, the GPU is busy for longer than the launches take
 
@@ -75,6 +77,7 @@ class Parameters:
     stop_strings: tuple[str, ...] = ()
     """a text ends when what was written holds one of these"""
     constraint: Constraint | None = None
+    """ends the text alone: no other stop beside it"""
 
     @property
     def sampling(self) -> SamplingSettings:
@@ -163,37 +166,47 @@ class Engine:
         parameters = parameters or Parameters()
         self.check(prompt, parameters)
         start = parameters.constraint.start if parameters.constraint else 0
-        longest = len(prompt) + parameters.max_tokens
-        generation = Generation(list(prompt), longest, len(prompt), parameters, start)
+        tokens, longest = list(map(int, prompt)), len(prompt) + parameters.max_tokens
+        generation = Generation(tokens, longest, len(tokens), parameters, start)
         self.scheduler.add(generation)
         return generation
 
-    def check(self, prompt: Sequence[int], parameters: Parameters) -> None:
-        """Raise ValueError unless the request can be served."""
-        vocabulary, count = self.decoder.config.vocabulary, parameters.max_tokens
-        if not prompt:
+    def check(
+        self, prompt: Sequence[int], parameters: Parameters, state: int | None = None
+    ) -> None:
+        """Raise ValueError unless the request can be served, its constraint in this state or at its
+        start."""
+        vocabulary, constraint = self.decoder.config.vocabulary, parameters.constraint
+        tokens, stops = whole("tokens", prompt), whole("stop tokens", parameters.stop_tokens)
+        (count,) = whole("max_tokens", [parameters.max_tokens])
+        if not tokens:
             raise ValueError("a prompt has at least one token, got none")
-        wrong = [token for token in prompt if not 0 <= token < vocabulary]
+        wrong = [token for token in tokens if not 0 <= token < vocabulary]
         if wrong:
             raise ValueError(f"tokens are 0 to {vocabulary - 1} here, got {wrong[0]}")
         if count < 1:
             raise ValueError(f"a request asks for at least one token, got max_tokens = {count}")
-        if len(prompt) + count > self.longest:
-            asked = f"a prompt of {len(prompt)} and {count} new ones"
+        if len(tokens) + count > self.longest:
+            asked = f"a prompt of {len(tokens)} and {count} new ones"
             raise ValueError(f"a text has at most {self.longest} tokens, got {asked}")
         if not 0 <= parameters.temperature < math.inf:
             given = parameters.temperature
             raise ValueError(f"a temperature is 0 (greedy) or positive and finite, got {given}")
-        check_sampling(parameters.sampling)
-        if parameters.stop_strings and self.decode is None:
+        check_sampling(parameters.sampling, vocabulary, self.decoder.embedding.weight.dtype)
+        strings = parameters.stop_strings
+        if isinstance(strings, str) or not all(isinstance(string, str) for string in strings):
+            raise ValueError(f"stop strings are a tuple of strings, got {strings!r}")
+        if strings and self.decode is None:
             raise ValueError("stop strings need an engine with `decode`, this one has none")
-        if "" in parameters.stop_strings:
+        if "" in strings:
             raise ValueError("a stop string has at least one character, got an empty one")
-        if parameters.constraint is not None:
-            fewest = parameters.constraint.shortest(parameters.constraint.start)
+        if constraint is not None:
+            if strings or {*stops} - {constraint.end}:
+                raise ValueError("a constraint ends its text alone, got stop tokens or strings too")
+            fewest = constraint.shortest(constraint.start if state is None else state)
             if fewest > count:
                 raise ValueError(f"the constraint needs at least {fewest} tokens, got {count}")
-        self.scheduler.check(len(prompt) + count)
+        self.scheduler.check(len(tokens) + count)
 
     def fork(self, generation: Generation, parameters: Parameters) -> Generation:
         """A second continuation of what a request has written so far. Its constraint goes on too.
@@ -203,9 +216,9 @@ class Engine:
         """
         if generation.finish:
             raise ValueError(f"a request that ended ({generation.finish}) cannot be forked")
-        self.check(generation.tokens, parameters)
         if parameters.constraint is not generation.parameters.constraint:
             raise ValueError("a fork keeps the constraint of the request, got another")
+        self.check(generation.tokens, parameters, generation.state)
         tokens, longest = list(generation.tokens), len(generation.tokens) + parameters.max_tokens
         twin = Generation(tokens, longest, len(tokens), parameters, generation.state)
         self.scheduler.fork(generation, twin)
@@ -220,6 +233,7 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], parameters: Parameters | Sequence[Parameters]
     ) -> list[Generation]:
         """All prompts to their ends. A request that failed has `finish` "error" and its `error`.
+        Left early, by Ctrl-C, all are cancelled.
 
         Raises:
             ValueError: a request cannot be served, then none is; or not one set of parameters a
@@ -232,9 +246,15 @@ class Engine:
         pairs = list(zip(prompts, parameters, strict=True))
         for prompt, wanted in pairs:
             self.check(prompt, wanted)
-        generations = [self.add(prompt, wanted) for prompt, wanted in pairs]
-        while any(not generation.finish for generation in generations):
-            self.step()
+        generations = []
+        try:
+            for prompt, wanted in pairs:
+                generations.append(self.add(prompt, wanted))
+            while any(not generation.finish for generation in generations):
+                self.step()
+        finally:
+            for generation in generations:
+                self.cancel(generation)
         return generations
 
     async def stream(
@@ -267,24 +287,28 @@ class Engine:
 
     def step(self) -> list[Generation]:
         """One pass; the requests that got a token, or ended without one."""
-        plan = self.scheduler.plan()
-        if not plan.chunks:
-            return []
-        chunks = sorted(plan.chunks, key=lambda chunk: chunk.end - chunk.start)
+        chunks = []
         try:
+            plan = self.scheduler.plan()
+            chunks = sorted(plan.chunks, key=lambda chunk: chunk.end - chunk.start)
+            if not chunks:
+                return []
             logits = self.read(chunks, plan.copies)
+            ready = [row for row, (text, _, end) in enumerate(chunks) if end == len(text.tokens)]
+            generations = [chunks[row].request for row in ready]
+            if ready:
+                self.write(logits if len(ready) == len(chunks) else logits[ready], generations)
+            return generations
         except BaseException as problem:
-            self.scheduler.undo(plan)
-            if not isinstance(problem, Exception):  # Ctrl-C is nobody's fault: all can go on
+            self.scheduler.undo()
+            for text in [text for text in self.scheduler.waiting if text.finish]:
+                self.scheduler.release(text)  # it was ending
+            if not chunks or not isinstance(problem, Exception):  # Ctrl-C is nobody's fault
                 raise
-            for chunk in chunks:
-                self.end(chunk.request, "error", problem)
-            return [chunk.request for chunk in chunks]
-        ready = [row for row, (text, _, end) in enumerate(chunks) if end == len(text.tokens)]
-        generations = [chunks[row].request for row in ready]
-        if ready:
-            self.write(logits if len(ready) == len(chunks) else logits[ready], generations)
-        return generations
+            for text, *_ in chunks:
+                if not text.finish:
+                    self.end(text, "error", problem)
+            return [text for text, *_ in chunks]
 
     @torch.no_grad()
     def read(self, chunks: list[Chunk], copies: list) -> Float[Tensor, "text vocabulary"]:
@@ -300,34 +324,24 @@ class Engine:
         rows: dict[tuple, list[int]] = defaultdict(list)  # those that are changed alike
         for row, text in enumerate(texts):
             parameters = text.parameters
-            if parameters.plain and math.isfinite(largest[row]):
-                continue
-            try:
-                if not math.isfinite(largest[row]):
-                    raise ValueError(f"the largest logit must be finite, got {largest[row]}")
-                if parameters.constraint is not None:
-                    remaining = text.longest - len(text.tokens)
-                    mask = parameters.constraint.allowed(text.state, remaining)
-                    logits[row].masked_fill_(~mask.to(logits.device), -math.inf)
-                    if not logits[row].amax().isfinite():
-                        raise ValueError("the constraint allows no token")
-            except Exception as problem:
+            if not math.isfinite(largest[row]):
+                problem = ValueError(f"the largest logit must be finite, got {largest[row]}")
                 self.end(text, "error", problem)
-                continue
-            alone = row if parameters.repetition_penalty != 1 else None
-            rows[parameters.sampling, parameters.temperature == 0, alone].append(row)
-        for (settings, greedy, alone), members in rows.items():
-            previous = [] if alone is None else texts[alone].tokens
-            seen = torch.tensor([previous] * len(members), device=logits.device).long()
-            changed = processed(logits[members], seen, settings)
-            if greedy:
-                tokens = changed.argmax(-1)
+            elif not parameters.plain:
+                alone = row if parameters.repetition_penalty != 1 else None
+                rows[parameters.sampling, parameters.temperature == 0, alone].append(row)
+        groups = list(rows.values())
+        for members in groups:
+            try:
+                tokens = self.choose(logits[members], [texts[row] for row in members])
+            except Exception as problem:
+                if len(members) > 1:  # whose fault it was shows when each is alone
+                    groups += [[row] for row in members]
+                else:
+                    self.end(texts[members[0]], "error", problem)
             else:
-                places = ((texts[row].parameters.seed, len(texts[row].tokens)) for row in members)
-                u = torch.tensor([uniform(*place) for place in places], dtype=torch.float64)
-                tokens = draw(changed.softmax(-1), u.to(logits.device))
-            for row, token in zip(members, tokens.tolist(), strict=True):
-                chosen[row] = token
+                for row, token in zip(members, tokens, strict=True):
+                    chosen[row] = token
         for text, token in zip(texts, chosen, strict=True):
             if not text.finish:
                 try:
@@ -335,22 +349,54 @@ class Engine:
                 except Exception as problem:
                     self.end(text, "error", problem)
 
-    def append(self, text: Generation, token: int) -> None:
-        """One more token of a text, and its end if it is the last."""
-        text.tokens.append(token)
-        parameters, ends = text.parameters, text.parameters.stop_tokens
-        if parameters.constraint is not None:
-            ends = (*ends, parameters.constraint.end)
-            if token not in ends:
-                text.state = parameters.constraint.after(text.state, token)
-        if token in ends or (parameters.stop_strings and self.stopped(text)):
-            self.end(text, "stop")
-        elif len(text.tokens) == text.longest:
-            self.end(text, "length")
+    def choose(
+        self, logits: Float[Tensor, "text vocabulary"], texts: list[Generation]
+    ) -> list[int]:
+        """A token for each of several texts of the same sampling; the logits are overwritten.
 
-    def stopped(self, text: Generation) -> bool:
-        """Whether what was written holds a stop string."""
-        written = self.decode(text.output)
+        Raises:
+            Exception: one of them has none.
+        """
+        for row, text in zip(logits, texts, strict=True):
+            if text.parameters.constraint is not None:
+                remaining = text.longest - len(text.tokens)
+                mask = text.parameters.constraint.allowed(text.state, remaining)
+                if not mask.any():
+                    raise ValueError("the constraint allows no token")
+                row.masked_fill_(~mask.to(row.device), -math.inf)
+        parameters = texts[0].parameters
+        previous = [t.tokens if parameters.repetition_penalty != 1 else [] for t in texts]
+        seen = torch.tensor(previous, device=logits.device).long()
+        changed = processed(logits, seen, parameters.sampling)
+        if parameters.temperature == 0:
+            return greedy(changed).tolist()
+        places = ((text.parameters.seed, len(text.tokens)) for text in texts)
+        u = torch.tensor([uniform(*place) for place in places], dtype=torch.float64)
+        return draw(changed.softmax(-1), u.to(logits.device)).tolist()
+
+    def append(self, text: Generation, token: int) -> None:
+        """One more token of a text, and its end if it is the last. What may fail, or take long
+        enough to be interrupted, comes before the first change or after the last."""
+        parameters, ends = text.parameters, text.parameters.stop_tokens
+        constraint = parameters.constraint
+        if constraint is not None:
+            ends = (*ends, constraint.end)
+            state = text.state if token in ends else constraint.after(text.state, token)
+        finish = ""
+        if token in ends or (parameters.stop_strings and self.stopped(text, token)):
+            finish = "stop"
+        elif len(text.tokens) + 1 >= text.longest:
+            finish = "length"
+        text.tokens.append(token)
+        if constraint is not None:
+            text.state = state
+        if finish:
+            text.finish = finish
+            self.scheduler.release(text)
+
+    def stopped(self, text: Generation, token: int) -> bool:
+        """Whether what was written holds a stop string with this token."""
+        written = self.decode([*text.output, token])
         return any(string in written for string in text.parameters.stop_strings)
 
     def text(self, generation: Generation) -> str:
@@ -366,15 +412,33 @@ class Engine:
         return written[: min((written.find(s) for s in strings if s in written), default=None)]
 
     def end(self, generation: Generation, finish: str, error: Exception | None = None) -> None:
-        """Give its blocks back and say why."""
-        self.scheduler.release(generation)
+        """Say why, and give its blocks back."""
         generation.finish, generation.error = finish, error
+        self.scheduler.release(generation)
+
+
+def whole(name: str, values: Iterable[int]) -> list[int]:
+    """The values as plain integers.
+
+    Raises:
+        ValueError: one of them is something else, or there are not several.
+    """
+    try:
+        return [int(operator.index(value)) for value in values]
+    except TypeError as problem:
+        raise ValueError(f"{name} have to be whole numbers: {problem}") from None
 
 
 @lru_cache
-def check_sampling(settings: SamplingSettings) -> None:
+def check_sampling(settings: SamplingSettings, vocabulary: int, dtype: torch.dtype) -> None:
     """Raise ValueError unless logits can be changed so; most requests ask for the same."""
-    processed(torch.zeros(1, 1), torch.zeros(1, 0).long(), settings)
+    # Token 0 is likely and was seen: what overflows for it would overflow for most.
+    likely = torch.zeros(1, vocabulary, dtype=dtype)
+    likely[:, 0] = 100.0
+    try:
+        greedy(processed(likely, torch.zeros(1, 1).long(), settings))
+    except ValueError as problem:
+        raise ValueError(f"these sampling settings cannot be used: {problem}") from None
 
 
 def main() -> None:

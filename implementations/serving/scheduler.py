@@ -11,7 +11,7 @@ how many tokens a pass reads at most, which bounds the time between two tokens o
 When memory is out, the youngest running text gives its blocks back and waits again (preemption);
 later it reads what it had, prompt and written tokens, once more (recompute). The oldest is
 therefore never stopped, and since each text alone fits into memory it ends: so does everybody.
-Nobody overtakes a text that waits.
+Nobody overtakes a text that waits, but for a fork: it begins in the blocks of a text that runs.
 
 Paper   Yu et al. 2022, Orca (OSDI '22): iteration-level scheduling; Kwon et al. 2023,
         arXiv:2309.06180, section 4.5: preemption; Agrawal et al. 2023, arXiv:2308.16369: chunks
@@ -104,8 +104,8 @@ class Scheduler:
         self.arrive(request, self.waiting)
 
     def fork(self, request: Request, twin: Request) -> None:
-        """Add a twin that begins with all that is read of a request, in the same blocks if there is
-        a place.
+        """Add a twin that begins with all that is read of a request, in the same blocks and before
+        all who wait if there is a place.
 
         Raises:
             ValueError: as `check`.
@@ -133,12 +133,12 @@ class Scheduler:
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks; it waits at its place in the order of arrival."""
-        self.release(request)
         insort(self.waiting, request, key=lambda waiting: waiting.number)
+        self.release(request)
         self.preemptions += 1
 
     def plan(self) -> Plan:
-        """The next pass; its blocks are taken, so it has to be made or `undo`ne."""
+        """The next pass; its blocks are taken, so it has to be made or undone."""
         before = self.preemptions
         running = [(request, request.unread) for request in self.running]
         room = self.budget - sum(unread == 1 for _, unread in running)
@@ -176,7 +176,8 @@ class Scheduler:
                 break
             end = min(len(request.tokens), known + min(self.chunk, room))
             request.text, start = self.manager.allocate(request.tokens[:end])
-            insort(self.running, self.waiting.pop(0), key=lambda running: running.number)
+            insort(self.running, request, key=lambda running: running.number)
+            del self.waiting[0]
             chunks.append(Chunk(request, start, end))
             room -= end - start
         return chunks
@@ -193,12 +194,18 @@ class Scheduler:
         wanted = manager.count(len(tokens)) - len(table) + len(self.running)
         return len(table) * manager.page if wanted <= idle else None
 
-    def undo(self, plan: Plan) -> None:
-        """A planned pass was not made: nobody may find what it would have written, and its
-        requests wait again."""
-        for request, start, _ in plan.chunks:
-            self.manager.forget(request.text, start)
-            self.preempt(request)
+    def undo(self) -> None:
+        """A pass was planned or made, but not to its end: nobody knows what is in the cache, so it
+        is empty from here on, and all who ran wait again.
+
+        A request is in one of the two queues at any time, so that an interrupt loses none.
+        """
+        self.manager.clear(len(self.manager.references))
+        everybody = {*self.running, *self.waiting}
+        for request in everybody:
+            request.text = None
+        self.waiting = sorted(everybody, key=lambda request: request.number)
+        self.running = []
 
 
 def main() -> None:

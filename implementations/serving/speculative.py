@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implementations.serving.draws import draw, uniform
-from implementations.text.sampling import Model, SamplingSettings, processed
+from implementations.text.sampling import Model, SamplingSettings, greedy, processed
 
 Chances = Float[Tensor, "place vocabulary"]
 
@@ -58,6 +58,7 @@ class Written:
     """how often the model was called"""
     guessed: int = 0
     accepted: int = 0
+    """guesses that stand in the text"""
 
 
 def chances(
@@ -66,11 +67,15 @@ def chances(
     settings: SamplingSettings | None,
 ) -> Chances:
     """What the next token is drawn from at each place, the last after all `tokens`; without
-    settings all chance is the likeliest token's."""
+    settings all chance is the likeliest token's.
+
+    Raises:
+        ValueError: as `processed`.
+    """
     rows = []
     for back, row in zip(range(len(logits) - 1, -1, -1), logits, strict=True):
         if settings is None:
-            rows.append(torch.zeros_like(row).scatter(0, row.argmax(-1, keepdim=True), 1.0))
+            rows.append(torch.zeros_like(row).scatter(0, greedy(row)[None], 1.0))
         else:
             before = torch.tensor(tokens[: len(tokens) - back], device=row.device)
             rows.append(processed(row, before, settings).softmax(-1))
@@ -94,10 +99,15 @@ def verify(
 
     Returns:
         Tokens: at least one, at most one more than guesses.
+
+    Raises:
+        ValueError: chances that are not numbers.
     """
     for i, token in enumerate(guess):
-        if u[i] * q[i, token] >= p[i, token]:
+        if not u[i] * q[i, token] < p[i, token]:  # NaN is below nothing
             residual = (p[i] - q[i]).clamp(min=0)
+            if not residual.any():  # p and q differ by rounding only
+                residual = p[i]
             return [*guess[:i], one(residual, last[i])]
     return [*guess, one(p[len(guess)], last[len(guess)])]
 
@@ -129,7 +139,7 @@ def generate_speculative(
 
     Raises:
         ValueError: an empty prompt, fewer than one guess, a negative count, a cached model that
-            has read all of the prompt before, or as `processed`.
+            has read all of the prompt before, or as `check_guess` and `processed`.
     """
     if not prompt or count < 0 or guesses < 1:
         given = f"{len(prompt)} tokens, {count} to write, {guesses} guesses"
@@ -143,19 +153,35 @@ def generate_speculative(
         logits = model(torch.tensor([text]))[0, -len(guess) - 1 :]
         if len(logits) <= len(guess):
             raise ValueError("the model has read the prompt's last token: it gives no logits there")
+        check_guess(guess, q, wanted, logits.shape[-1])
         p = chances(logits, text, settings)
         places = range(length, length + len(guess) + 1)
         u = [uniform(seed, place, "accept") for place in places]
         last = [uniform(seed, place, "token") for place in places]
         new = verify(p, q, guess, u, last)
+        accepted, ends = len(new) - 1, stop in new
+        if ends:
+            new = new[: new.index(stop) + 1]
+        written.tokens += new
         written.passes += 1
         written.guessed += len(guess)
-        written.accepted += len(new) - 1
-        if stop in new:
-            written.tokens += new[: new.index(stop) + 1]
+        written.accepted += min(accepted, len(new))
+        if ends:
             break
-        written.tokens += new
     return written
+
+
+def check_guess(guess: Sequence[int], q: Tensor, wanted: int, vocabulary: int) -> None:
+    """Raise ValueError unless a draft keeps its promise: so many tokens at most, with chances over
+    the model's vocabulary for each."""
+    if len(guess) > wanted:
+        raise ValueError(f"a draft was asked for {wanted} guesses at most, got {len(guess)}")
+    if guess and q.shape != (len(guess), vocabulary):
+        shape = tuple(q.shape)
+        raise ValueError(f"a draft gives {len(guess)} guesses of {vocabulary} chances, got {shape}")
+    wrong = [token for token in guess if not 0 <= token < vocabulary]
+    if wrong:
+        raise ValueError(f"tokens are 0 to {vocabulary - 1} here, a draft guesses {wrong[0]}")
 
 
 @dataclass(frozen=True)

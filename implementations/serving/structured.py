@@ -51,10 +51,13 @@ class Automaton:
         end: the token that ends a text.
 
     Raises:
-        ValueError: the expression cannot be read, or no text of it can be written in these tokens.
+        ValueError: the expression cannot be read, no text of it can be written in these tokens, or
+            the end is not among them.
     """
 
     def __init__(self, expression: str, tokens: Sequence[bytes | None], end: int):
+        if not 0 <= end < len(tokens):
+            raise ValueError(f"a text ends with a token from 0 to {len(tokens) - 1}, got {end}")
         spelled: dict[bytes, list[int]] = {STOP: [end]}
         for i, token in enumerate(tokens):
             if token and i != end and STOP not in token:
@@ -137,7 +140,7 @@ def expression_of(schema: Mapping[str, Any]) -> str:
         ValueError: a keyword that would not be enforced, or nothing meets the schema.
     """
     check_schema(schema, "the schema")
-    return build_regex_from_schema(json.dumps(schema))
+    return build_regex_from_schema(json.dumps(schema, allow_nan=False))
 
 
 def check_schema(schema: Any, where: str) -> None:
@@ -150,29 +153,34 @@ def check_schema(schema: Any, where: str) -> None:
             raise ValueError(f"{where} has an empty enum, which nothing meets")
         return
     if given == {"anyOf"}:
-        if not schema["anyOf"]:
-            raise ValueError(f"{where} has an empty anyOf, which nothing meets")
+        if not isinstance(schema["anyOf"], list) or not schema["anyOf"]:
+            raise ValueError(f"{where} has an empty anyOf, which nothing meets, or not a list")
         for i, option in enumerate(schema["anyOf"]):
             check_schema(option, f"{where}.anyOf[{i}]")
         return
     kind = schema.get("type")
-    if kind not in KEYWORDS:
+    if not isinstance(kind, str) or kind not in KEYWORDS:  # of several types: anyOf
         raise ValueError(f"{where} needs a type among {', '.join(KEYWORDS)}, got {kind!r}")
     ignored = given - {"type"} - KEYWORDS[kind]
     if ignored:
         raise ValueError(f"{where} has {sorted(ignored)[0]}, which is not enforced for {kind}")
     for low, high in (("minItems", "maxItems"), ("minLength", "maxLength")):
+        for limit in {low, high} & given:
+            if type(schema[limit]) is not int or schema[limit] < 0:
+                raise ValueError(f"{where}.{limit} is a number from 0 on, got {schema[limit]!r}")
         if schema.get(low, 0) > schema.get(high, float("inf")):
             raise ValueError(f"{where} asks for {low} {schema[low]} and {high} {schema[high]}")
     if kind == "array":
         check_schema(schema.get("items"), f"{where}.items")
     if kind == "object":
-        properties = schema.get("properties")
-        if not properties:
+        properties, required = schema.get("properties"), schema.get("required", [])
+        if not isinstance(properties, Mapping) or not properties:
             raise ValueError(f"{where} is an object without properties")
         if schema.get("additionalProperties", False) is not False:
             raise ValueError(f"{where} allows additionalProperties, which are never written")
-        for missing in set(schema.get("required", ())) - set(properties):
+        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+            raise ValueError(f"{where}.required is a list of names, got {required!r}")
+        for missing in set(required) - set(properties):
             raise ValueError(f"{where} requires {missing!r}, which it does not describe")
         for name, part in properties.items():
             check_schema(part, f"{where}.{name}")

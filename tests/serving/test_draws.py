@@ -33,6 +33,14 @@ def test_a_draw_by_hand():
     assert draw(p, u).tolist() == [0, 0, 2, 2]
 
 
+@pytest.mark.parametrize("chance", [0.0, torch.nan, torch.inf])
+def test_there_is_nothing_to_draw(chance):
+    """The sum of the second row is zero, NaN or infinite: no token is the first above it."""
+    p = torch.tensor([[0.5, 0.5], [0.0, chance]])
+    with pytest.raises(ValueError, match=f"positive and finite, got {chance}"):
+        draw(p, torch.tensor([0.5, 0.5]))
+
+
 @pytest.mark.parametrize("total", [0.6, 1.0, 1.7])
 def test_shares_are_the_chances(total):
     p = torch.tensor([0.1, 0.2, 0.3, 0.4])

@@ -1,9 +1,12 @@
 """The engine against each request alone: any order of operations, bad requests, and accidents."""
 
 import asyncio
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -249,36 +252,6 @@ def test_two_requests_share_what_is_written_in_the_same_pass(tiny):
     assert [g.tokens for g in got] == [alone(tiny, p, Parameters(6), 6) for p in prompts]
 
 
-BAD = {
-    "at least one token": ([], Parameters()),
-    "0 to 28": ([29], Parameters()),
-    "at most 64": ([1] * 60, Parameters(5)),
-    "max_tokens = 0": ([1], Parameters(0)),
-    "greedy": ([1], Parameters(temperature=-0.5)),
-    "top-p": ([1], Parameters(temperature=1.0, top_p=1.5)),
-    "top-k": ([1], Parameters(temperature=1.0, top_k=0)),
-    "min-p": ([1], Parameters(min_p=2.0)),
-    "penalty": ([1], Parameters(repetition_penalty=0.0)),
-    "need an engine with `decode`": ([1], Parameters(stop_strings=("a",))),
-    "needs? .* blocks": ([1] * 40, Parameters(20)),
-}
-
-
-@pytest.mark.parametrize("sentence", BAD)
-def test_a_bad_request_is_refused_and_nothing_else_is_lost(tiny, sentence):
-    engine = Engine(tiny, blocks=14, page=4)
-    other = engine.add([1, 2], Parameters(4))
-    with pytest.raises(ValueError, match=sentence):
-        engine.add(*BAD[sentence])
-    with pytest.raises(ValueError, match=sentence):
-        engine.generate([[3], BAD[sentence][0]], [Parameters(), BAD[sentence][1]])
-    assert engine.scheduler.waiting == [other]
-    with pytest.raises(ValueError, match="parameters"):
-        engine.generate([[3]], [])
-    with pytest.raises(ValueError, match="GPU"):
-        Engine(tiny, blocks=4, graphs=True)
-
-
 class Broken:
     """A constraint that fails at its third token, in one of several ways."""
 
@@ -304,6 +277,45 @@ class Broken:
         return state + 1
 
 
+BAD = {
+    "at least one token": ([], {}),
+    "tokens have to be whole numbers: 'float'": ([1.5, 2.5], {}),
+    "tokens have to be whole numbers: 'str'": ("ab", {}),
+    "max_tokens have to be whole": ([1], {"max_tokens": 2.5}),
+    "stop tokens have to be whole": ([1], {"stop_tokens": 3}),
+    "tuple of strings, got 'abc'": ([1], {"stop_strings": "abc"}),
+    "settings cannot be used: .* inf": ([1], {"temperature": 1e-320}),
+    "cannot be used: .*, got inf": ([1], {"repetition_penalty": 1e-320}),
+    "ends its text alone": ([1], {"constraint": Broken("raises"), "stop_tokens": (3,)}),
+    "0 to 28": ([29], {}),
+    "at most 64": ([1] * 60, {"max_tokens": 5}),
+    "max_tokens = 0": ([1], {"max_tokens": 0}),
+    "greedy": ([1], {"temperature": -0.5}),
+    "top-p": ([1], {"temperature": 1.0, "top_p": 1.5}),
+    "top-k": ([1], {"temperature": 1.0, "top_k": 0}),
+    "min-p": ([1], {"min_p": 2.0}),
+    "penalty": ([1], {"repetition_penalty": 0.0}),
+    "need an engine with `decode`": ([1], {"stop_strings": ("a",)}),
+    "needs? .* blocks": ([1] * 40, {"max_tokens": 20}),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_a_bad_request_is_refused_and_nothing_else_is_lost(tiny, sentence, unchecked):
+    engine = Engine(tiny, blocks=14, page=4)
+    other = engine.add([1, 2], Parameters(4))
+    prompt, parameters = BAD[sentence][0], Parameters(**BAD[sentence][1])
+    with pytest.raises(ValueError, match=sentence):
+        engine.add(prompt, parameters)
+    with pytest.raises(ValueError, match=sentence):
+        engine.generate([[3], prompt], [Parameters(), parameters])
+    assert engine.scheduler.waiting == [other]
+    with pytest.raises(ValueError, match="parameters"):
+        engine.generate([[3]], [])
+    with pytest.raises(ValueError, match="GPU"):
+        Engine(tiny, blocks=4, graphs=True)
+
+
 @pytest.mark.parametrize("way", ["raises", "another vocabulary", "nothing", "afterwards"])
 def test_an_exception_inside_one_request_stops_only_that(tiny, way):
     """All three are sampled alike, in one call."""
@@ -313,7 +325,7 @@ def test_an_exception_inside_one_request_stops_only_that(tiny, way):
     prompts = [[1], [2, 3], [4, 5, 6]]
     first, broken, last = engine.generate(prompts, wanted)
     assert broken.finish == "error" and broken.error is not None
-    assert len(broken.output) == 2 + (way == "afterwards")
+    assert len(broken.output) == 2
     for got, prompt in ((first, [1]), (last, [4, 5, 6])):
         assert got.tokens == alone(tiny, prompt, plain, 6)
     assert used(engine) == 0
@@ -333,6 +345,148 @@ def test_logits_that_are_not_numbers_stop_only_their_request(tiny):
     good, bad = engine.generate([[1, 2], [9, 2]], Parameters(3))
     assert bad.finish == "error" and "finite" in str(bad.error)
     assert good.tokens == expected
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Parameters(3, temperature=1e-306, seed=1),
+        Parameters(3, temperature=1e-306, top_k=5),
+        Parameters(3, repetition_penalty=1e-306),
+    ],
+    ids=["drawn", "filtered", "penalised"],
+)
+def test_settings_under_which_one_text_overflows_stop_only_that(tiny, wanted):
+    """Token 9 makes logits of 10,000, and 10,000 / 1e-306 is infinite. All are sampled alike."""
+    logits = tiny.logits
+    with torch.no_grad():
+        tiny.embedding.weight[9] = torch.nan
+    tiny.logits = lambda hidden: torch.where(
+        hidden.isnan().any(-1, keepdim=True), 1e4, logits(hidden).nan_to_num(nan=-1.0)
+    )
+    engine = Engine(tiny, blocks=40, page=4)
+    first, bad, last = engine.generate([[1, 2], [9, 2], [3]], [wanted, wanted, wanted])
+    assert bad.finish == "error" and "finite" in str(bad.error) and not bad.output
+    for got, prompt in ((first, [1, 2]), (last, [3])):
+        assert got.tokens == alone(tiny, prompt, wanted, 3) and 9 not in got.output
+    assert used(engine) == 0
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "bool"])
+def test_tokens_of_other_integer_types_are_the_same_text(tiny, kind, unchecked):
+    prompts = {"torch": torch.arange(5), "numpy": np.arange(5), "bool": (False, True, 2, 3, 4)}
+    prompt = prompts[kind]
+    engine = Engine(tiny, blocks=40, page=2)
+    engine.generate([list(range(5))], Parameters(1))
+    got = engine.add(prompt, Parameters(4))
+    assert engine.scheduler.known(got) == 4
+    while not got.finish:
+        engine.step()
+    assert got.tokens == alone(tiny, list(range(5)), Parameters(4), 4)
+    assert {type(token) for token in got.tokens} == {int}
+
+
+class Steps:
+    """A constraint that allows one token more after each token, and counts up to twelve."""
+
+    start, end = 0, 28
+
+    def shortest(self, state):
+        return 0
+
+    def allowed(self, state, remaining):
+        return torch.arange(29) < 3 + state
+
+    def after(self, state, token):
+        return min(state + 1, 12)
+
+
+SERVING = str(Path(sys.modules[Engine.__module__].__file__).parent)
+
+
+class Interrupt:
+    """Ctrl-C at the `count`-th call of a function of serving/, since that is where it strikes.
+
+    Not in a generator that is closed: there Python reports it and goes on.
+    """
+
+    def __init__(self, count: int):
+        self.left = count
+
+    def __call__(self, frame, event, argument):
+        code = frame.f_code
+        if code.co_filename.startswith(SERVING) and code.co_name != "<genexpr>":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+
+def serve(decoder: Decoder, interrupt: Interrupt | None) -> list[list[int]]:
+    """Five texts of all kinds in too little memory, with an interrupt in one of the steps."""
+    wanted = [
+        Parameters(6),
+        Parameters(6, temperature=1.0, top_k=9),
+        Parameters(6, temperature=0.7, constraint=Steps()),
+        Parameters(6, stop_strings=("q", "e")),
+        Parameters(4, repetition_penalty=1.3),
+    ]
+    engine = Engine(decoder, blocks=7, page=2, batch=4, budget=7, decode=decode)
+    texts = [engine.add([1, 2, i][: 1 + i], w) for i, w in enumerate(wanted)]
+    before, steps = sys.gettrace(), 0
+    while not all(text.finish for text in texts):
+        steps += 1
+        assert steps < 60, "somebody hangs"
+        sys.settrace(interrupt)
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+    assert all(text.finish in ("stop", "length") for text in texts)
+    assert used(engine) == 0 and (interrupt is not None or engine.scheduler.preemptions > 0)
+    return [text.tokens for text in texts]
+
+
+def test_an_interrupt_anywhere_in_a_step_loses_nothing(tiny, unchecked):
+    """In planning, reading, choosing or appending: every 29th call, once each."""
+    expected, counter = serve(tiny, None), Interrupt(0)
+    assert serve(tiny, counter) == expected
+    calls = -counter.left
+    assert calls > 400
+    for count in range(1, calls, 29):
+        assert serve(tiny, Interrupt(count)) == expected, count
+
+
+def test_what_fails_in_the_engine_itself_ends_the_pass_and_no_more(tiny):
+    """The logits cannot be looked at: who was to get a token gets the error, nobody hangs."""
+    engine = Engine(tiny, blocks=40, page=4, batch=2, budget=4)
+    first, second, waits = (engine.add([i, i], Parameters(3)) for i in range(3))
+    write = engine.write
+
+    def fail(*_):
+        raise RuntimeError("the device is lost")
+
+    engine.write = fail
+    assert engine.step() == [first, second]
+    engine.write = write
+    assert [text.finish for text in (first, second, waits)] == ["error", "error", ""]
+    while not waits.finish:
+        engine.step()
+    assert waits.tokens == alone(tiny, [2, 2], Parameters(3), 3) and used(engine) == 0
+
+
+def test_generate_that_is_left_cancels_what_it_queued(tiny, monkeypatch):
+    engine = Engine(tiny, blocks=40, page=4)
+    other = engine.add([5], Parameters(3))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[1], [2]], Parameters(4))
+    assert engine.scheduler.waiting == [other] and not engine.scheduler.running
 
 
 @pytest.mark.parametrize("problem", [RuntimeError, KeyboardInterrupt])

@@ -9,6 +9,7 @@ from scipy.stats import chi2, ncx2
 from implementations.models.decoder import Decoder
 from implementations.serving.kv_cache import CachedDecoder
 from implementations.serving.speculative import (
+    Guess,
     ModelDraft,
     NGramDraft,
     chances,
@@ -99,6 +100,10 @@ def test_verify_by_hand():
     p, q = torch.tensor([[0.2, 0.4, 0.4], [1.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.3, 0.2]])
     assert verify(p, q, [0], [0.5], [0.33, 0.0]) == [1]
     assert verify(p, q, [0], [0.5], [0.34, 0.0]) == [2]
+    # p and q differ by rounding only, so the residual is empty: p is drawn from.
+    p = torch.tensor([[0.5 - 1e-8, 0.5], [1.0, 0.0]], dtype=torch.float64)
+    q = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
+    assert verify(p, q, [0], [1 - 2**-52], [0.7, 0.3]) == [1]
     # A later guess is not even looked at after one that was rejected.
     assert verify(torch.eye(3), torch.eye(3)[[1, 0]], [1, 0], [0.0, 0.0], [0.5] * 3) == [0]
 
@@ -157,6 +162,50 @@ def test_it_stops_and_refuses():
     for prompt, count, guesses in (([], 3, 2), ([1], -1, 2), ([1], 3, 0)):
         with pytest.raises(ValueError, match="a guess or more are needed"):
             generate_speculative(model, draft, prompt, count, guesses=guesses)
+
+
+class Fixed:
+    """A draft that always guesses the same, with all chance on it."""
+
+    def __init__(self, tokens: list[int], vocabulary: int = 3):
+        self.tokens, self.vocabulary = tokens, vocabulary
+
+    def propose(self, tokens, count, seed):
+        chances = torch.zeros(len(self.tokens), self.vocabulary)
+        chances[range(len(self.tokens)), self.tokens] = 1.0
+        return Guess(self.tokens, chances)
+
+
+def always(token: int, logits: float = 50.0):
+    """A model that writes one token for ever."""
+    row = torch.full((3,), 0.0).scatter(0, torch.tensor(token), logits)
+    return lambda tokens: row.expand(*tokens.shape, 3)
+
+
+def test_only_guesses_that_stand_in_the_text_are_counted():
+    written = generate_speculative(always(1), Fixed([1, 1]), [0], 9, stop=1)
+    assert written.tokens == [0, 1] and (written.guessed, written.accepted) == (2, 1)
+
+
+def test_a_draft_that_breaks_its_promise_is_refused():
+    for draft, sentence in (
+        (Fixed([1] * 9), "2 guesses at most, got 9"),
+        (Fixed([1, -2]), "0 to 2 here, a draft guesses -2"),
+        (Fixed([1, 1], vocabulary=4), r"2 guesses of 3 chances.*\(2, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            generate_speculative(always(1), draft, [0], 3)
+
+
+@pytest.mark.parametrize("settings", [None, SAMPLED, SamplingSettings(1e-40)])
+def test_logits_that_are_not_numbers_are_refused(settings):
+    """NaN, or infinite when they are divided; nothing is accepted and nothing written."""
+    model = always(1, torch.nan if settings in (None, SAMPLED) else 1.0)
+    with pytest.raises(ValueError, match="finite, got nan"):
+        generate_speculative(model, Fixed([1, 1]), [0], 3, settings)
+    nan = torch.full((2, 3), torch.nan)
+    with pytest.raises(ValueError, match="finite, got nan"):
+        verify(nan, torch.eye(3)[:1], [0], [0.5], [0.5, 0.5])
 
 
 @torch.no_grad()

@@ -120,8 +120,34 @@ def test_a_fork_goes_on_in_the_same_state(tiny):
         assert re.fullmatch("[ab]{12}1", letters(tokens))
 
 
+def test_a_fork_is_measured_from_its_own_state(tiny):
+    """Of eight letters six are written: the twin needs two more, and one is too few."""
+    automaton = Automaton("abcdefgh", LETTERS, end=28)
+    engine = Engine(tiny, blocks=40, page=4)
+    request = engine.add([3], Parameters(8, constraint=automaton))
+    for _ in range(6):
+        engine.step()
+    with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
+        engine.fork(request, Parameters(1, constraint=automaton))
+    twin = engine.fork(request, Parameters(2, constraint=automaton))
+    while not twin.finish:
+        engine.step()
+    assert letters(twin.tokens[1:]) == "abcdefgh"
+
+
 BAD = {
     "type among": {"type": "nothing"},
+    "type among .*null'\\]": {"type": ["string", "null"]},
+    "minLength is a number from 0 on, got '2'": {"type": "string", "minLength": "2"},
+    "minLength is a number from 0 on, got -1": {"type": "string", "minLength": -1},
+    "maxItems is a number": {"type": "array", "items": {"type": "null"}, "maxItems": 2.5},
+    "required is a list of names, got None": {
+        "type": "object",
+        "properties": {"a": {"type": "null"}},
+        "required": None,
+    },
+    "or not a list": {"anyOf": 5},
+    "JSON compliant": {"const": float("nan")},
     "minimum, which is not enforced for integer": {"type": "integer", "minimum": 0},
     "format, which": {"type": "string", "format": "email"},
     "empty enum": {"enum": []},
@@ -149,6 +175,8 @@ def test_a_schema_that_would_not_be_kept_is_refused(sentence, unchecked):
 
 @pytest.mark.parametrize("expression", ["[", "a(?=b)", "c", "\\x00b"])
 def test_an_expression_that_no_tokens_write_is_refused(expression):
+    with pytest.raises(ValueError, match="0 to 4, got 5"):
+        Automaton("a", TOKENS, end=5)
     with pytest.raises(ValueError, match=r"expression|can be written"):
         Automaton(expression, TOKENS, END)
 

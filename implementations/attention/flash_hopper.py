@@ -41,6 +41,7 @@ from implementations.attention.flash_triton import (
     tile_of,
 )
 from implementations.attention.hopper_tiles import (
+    define,
     gpu_is_missing,
     launch,
     multiprocessors,
@@ -60,6 +61,8 @@ class Plan(NamedTuple):
     """tiles, heads, query heads of a key head, queries, keys"""
     constants: tuple
     """causal, tiles in pairs, consumers of 64 rows a program, registers of a consumer's thread"""
+    results: tuple[tuple[int, ...], ...]
+    """strides of the output, shape and strides of the log-sum-exp"""
 
 
 @lru_cache(1024)
@@ -73,16 +76,22 @@ def plan(query: torch.Size, key: torch.Size, causal: bool, device: torch.device)
     tiles = batch * heads * -(-queries // (consumers * ROWS.value))
     sizes = (tiles, heads, heads // key_heads, queries, keys)
     constants = (causal, causal and tiles > programs, consumers, registers)
-    return Plan((min(tiles, programs), 1, 1), sizes, constants)
+    # As `empty_results`, which must not keep anything: it is asked of symbolic sizes too.
+    strides = (queries * heads * dim, dim, heads * dim, 1)
+    results = (strides, (batch, heads, queries), (heads * queries, queries, 1))
+    return Plan((min(tiles, programs), 1, 1), sizes, constants, results)
 
 
 def run_forward(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
-    output, log_sum_exp = empty_results(query, key, value, causal, None, scale)
+    grid, sizes, constants, (strides, rows, row_strides) = plan(
+        query.shape, key.shape, causal, query.device
+    )
+    output = query.new_empty_strided(query.shape, strides)
+    log_sum_exp = query.new_empty_strided(rows, row_strides, dtype=torch.float32)
     query, key, value = fetchable(query), fetchable(key), fetchable(value)
-    grid, sizes, constants = plan(query.shape, key.shape, causal, query.device)
     tiles = (
         tile_at(query, ROWS.value), tile_at(key, KEYS.value),
         tile_at(value, KEYS.value), tile_at(output, ROWS.value),
@@ -176,6 +185,7 @@ backward = operator("flash_attention_hopper_backward", run_backward, fake_backwa
 forward = operator(
     "flash_attention_hopper", run_forward, fake_forward, partial(differentiate, backward), remember
 )
+forward_alone = define("flash_attention_hopper_alone", run_forward, fake_forward)
 
 
 def flash_attention_hopper(
@@ -215,7 +225,9 @@ def flash_attention_hopper_with_log_sum_exp(
     check_kernel_inputs(query, value, scale, DIMS, DTYPES)
     if not query.is_cuda:
         raise ValueError(f"the kernels run on a Hopper GPU, got {query.device}")
-    return in_four_dimensions(forward, query, key, value, causal, scale)
+    inputs = (query, key, value)
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return in_four_dimensions(forward if wanted else forward_alone, *inputs, causal, scale)
 
 
 def main() -> None:

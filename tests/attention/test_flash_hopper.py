@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from implementations.attention import flash_hopper
 from implementations.attention.flash import check_flash_inputs
@@ -175,6 +176,42 @@ def test_a_launch_gives_each_kernel_its_arguments(heads, keys, monkeypatch):
     assert flags == {"CAUSAL": True, "TAIL": keys == 130, "GROUPED": heads == 4}
     assert given["prepare_kernel"][0] == (2 * heads, 1, 1)
     assert given["finish_kernel"][0] == (2 * heads, 2, 1)
+
+
+@pytest.mark.parametrize("which", [None, 0, 1, 2])
+def test_who_wants_a_gradient_gets_one_and_nobody_else_pays_for_it(which, monkeypatch, unchecked):
+    """Without data, and so without a kernel: results as the operators describe them."""
+    calls = []
+
+    def spy(name):
+        operator = getattr(flash_hopper, name)
+        monkeypatch.setattr(flash_hopper, name, lambda *x: calls.append(name) or operator(*x))
+
+    spy("forward")
+    spy("forward_alone")
+    with FakeTensorMode():
+        inputs = [torch.empty(1, 2, 65, 64, device="cuda").bfloat16() for _ in range(3)]
+        if which is not None:
+            inputs[which].requires_grad_()
+        seen = flash_hopper.flash_attention_hopper_with_log_sum_exp(*inputs)
+        with torch.no_grad():
+            quiet = flash_hopper.flash_attention_hopper_with_log_sum_exp(*inputs)
+    assert [x.requires_grad for x in seen] == [which is not None] * 2
+    assert not any(x.requires_grad for x in quiet)
+    assert calls == ["forward_alone" if which is None else "forward", "forward_alone"]
+
+
+def test_results_lie_as_the_operator_says_without_data(monkeypatch):
+    monkeypatch.setattr(flash_hopper, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(flash_hopper, "launch", lambda *given: None)
+    monkeypatch.setattr(flash_hopper, "plan", plan.__wrapped__)
+    query, key = (torch.zeros(2, heads, 7, 64).bfloat16() for heads in (6, 3))
+    real, fake = (
+        run(query, key, key, True, 1.0)
+        for run in (flash_hopper.run_forward, flash_hopper.fake_forward)
+    )
+    for x, y in zip(real, fake, strict=True):
+        assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,10 @@ def number_of(turn, PAIRED: gl.constexpr):
 
 
 @gluon.jit
-def tile_of(number, sizes, SIZE: gl.constexpr, CAUSAL: gl.constexpr, PAIRED: gl.constexpr):
-    """Batch times head, first query, and how many blocks of keys a tile sees."""
+def tile_of(turn, sizes, SIZE: gl.constexpr, CAUSAL: gl.constexpr, PAIRED: gl.constexpr):
+    """Batch times head, first query, and how many blocks of keys its `turn`-th tile sees."""
     tiles, together, _, _, queries, keys = sizes
-    a_head = gl.cdiv(queries, SIZE)
+    number, a_head = number_of(turn, PAIRED), gl.cdiv(queries, SIZE)
     if PAIRED:
         place = number // 2
         if number % 2 == 1:
@@ -118,8 +118,7 @@ def producer(
     count = 0
     turn = 0
     while number_of(turn, PAIRED) < sizes[0]:
-        number = number_of(turn, PAIRED)
-        plane, first, blocks = tile_of(number, sizes, CONSUMERS * ROWS, CAUSAL, PAIRED)
+        plane, first, blocks = tile_of(turn, sizes, CONSUMERS * ROWS, CAUSAL, PAIRED)
         batch, head = plane // heads, plane % heads
         for block in range(blocks):
             row = (blocks - 1 - block) * KEYS
@@ -194,8 +193,7 @@ def consumer(
     count = 0
     turn = 0
     while number_of(turn, PAIRED) < sizes[0]:
-        number = number_of(turn, PAIRED)
-        plane, first, blocks = tile_of(number, sizes, CONSUMERS * ROWS, CAUSAL, PAIRED)
+        plane, first, blocks = tile_of(turn, sizes, CONSUMERS * ROWS, CAUSAL, PAIRED)
         first += OWN * ROWS
         row = first + gl.arange(0, ROWS, S_ROWS)
         last_seen = row * 0 + keys - 1
@@ -291,8 +289,8 @@ def variants() -> Iterator[Variant]:
 def variant(
     dim: int, causal: bool, later: bool, dtype: gl.dtype, consumers: int = 2, registers: int = 240
 ) -> Variant:
-    rows = {"query": ROWS, "key": KEYS, "value": KEYS, "output": ROWS}
-    types = block_types({name: count.value for name, count in rows.items()}, dim, dtype)
+    rows, block = ROWS.value, KEYS.value
+    types = block_types({"query": rows, "key": block, "value": block, "output": rows}, dim, dtype)
     sizes = ("tiles", "together", "heads", "group", "queries", "keys")
     types |= {"log_sum_exp": "*fp32"} | dict.fromkeys(sizes, "i32") | {"scale": "fp32"}
     constants = {"CAUSAL": causal, "LATER": later, "PAIRED": causal and consumers == 2}

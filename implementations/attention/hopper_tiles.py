@@ -96,6 +96,21 @@ def launch(
         COMPILED[key] = kernel[grid](*arguments, *constants)
 
 
+def define(name: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """Registers `run` as ml_studies::name, for calls that nobody differentiates.
+
+    Autograd of an operator is Python: asking it whether it is wanted takes 10 µs a call.
+
+    Args:
+        run: of tensors on a GPU.
+        fake: of tensors without data.
+    """
+    LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()))
+    LIBRARY.impl(name, run, "CUDA")
+    torch.library.register_fake(f"ml_studies::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.ml_studies, name).default
+
+
 def operator(
     name: str,
     run: Callable,
@@ -103,11 +118,10 @@ def operator(
     differentiate: Callable | None = None,
     remember: Callable | None = None,
 ) -> torch._ops.OpOverload:
-    """Registers `run` as ml_studies::name; `torch.library.custom_op` without its checks at a call.
+    """The same with autograd; `torch.library.custom_op` without its checks at a call.
 
     Args:
-        run: of tensors on a GPU.
-        fake: of tensors without data.
+        run, fake: as for `define`.
         differentiate: the gradients of the inputs; without it the operator has none, and says so.
         remember: keeps what `differentiate` needs.
     """
@@ -115,13 +129,11 @@ def operator(
     def refuse(ctx, *gradients):
         raise RuntimeError(f"{name} has no second derivative")
 
-    LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()))
-    LIBRARY.impl(name, run, "CUDA")
-    torch.library.register_fake(f"ml_studies::{name}", fake, lib=LIBRARY)
+    defined = define(name, run, fake)
     torch.library.register_autograd(
         f"ml_studies::{name}", differentiate or refuse, setup_context=remember, lib=LIBRARY
     )
-    return getattr(torch.ops.ml_studies, name).default
+    return defined
 
 
 def gpu_is_missing() -> bool:

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from implementations.attention import flash_hopper
 from implementations.attention.flash import check_flash_inputs
@@ -130,21 +131,44 @@ def test_a_kernel_is_looked_up_once_for_its_constants_and_variant(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "shape, causal, programs, tiles, paired, consumers",
+    "shape, keys, causal, programs, tiles, together, later, paired, consumers",
     [
-        ((1, 2, 100, 128), True, 2, 2, False, 2),  # fewer tiles than the GPU has multiprocessors
-        ((4, 16, 4096, 128), True, 132, 2048, True, 2),
-        ((4, 16, 4096, 128), False, 132, 2048, False, 2),
-        ((1, 32, 16384, 64), True, 132, 32 * 86, True, 3),
-        ((1, 32, 16384, 64), False, 132, 32 * 86, False, 3),
-        ((4, 32, 4097, 64), False, 132, 128 * 33, False, 2),
+        # Fewer tiles than the GPU has multiprocessors, and keys at whole blocks or between them.
+        ((1, 2, 100, 128), 100, True, 2, 2, 1, False, False, 2),
+        ((1, 2, 100, 128), 228, True, 2, 2, 1, False, False, 2),
+        ((1, 2, 100, 128), 101, True, 2, 2, 1, True, False, 2),
+        ((1, 2, 100, 128), 101, False, 2, 2, 1, False, False, 2),
+        ((4, 16, 4096, 128), 4096, True, 132, 2048, 1, False, True, 2),
+        ((4, 16, 4096, 128), 4096, False, 132, 2048, 1, False, False, 2),
+        ((1, 32, 16384, 64), 16384, True, 32 * 86, 32 * 86, 4, True, False, 3),
+        ((1, 32, 16384, 64), 16384, False, 132, 32 * 86, 1, False, False, 3),
+        ((4, 32, 4097, 64), 4097, False, 132, 128 * 33, 1, False, False, 2),
     ],
 )
-def test_plans(shape, causal, programs, tiles, paired, consumers, monkeypatch):
+def test_plans(
+    shape, keys, causal, programs, tiles, together, later, paired, consumers, monkeypatch
+):
     monkeypatch.setattr(flash_hopper, "multiprocessors", lambda device: 132)
-    made = plan.__wrapped__(shape, shape, causal, "cuda")
-    assert made.grid == (programs, 1, 1) and made.sizes[0] == tiles
-    assert made.constants[:3] == (causal, paired, consumers)
+    made = plan.__wrapped__(shape, (*shape[:2], keys, shape[3]), causal, "cuda")
+    assert made.grid == (programs, 1, 1) and made.sizes[:2] == (tiles, together)
+    assert made.constants[:4] == (causal, later, paired, consumers)
+
+
+@pytest.mark.parametrize("queries, keys", [(1, 1), (300, 300), (257, 641), (300, 301), (5, 400)])
+@pytest.mark.parametrize("heads, dim", [(1, 128), (200, 64)])
+def test_blocks_in_which_nothing_is_hidden_hide_nothing(queries, keys, heads, dim, monkeypatch):
+    """Every key that a query must not see lies where the plan has it looked at."""
+    monkeypatch.setattr(flash_hopper, "multiprocessors", lambda device: 132)
+    made = plan.__wrapped__((1, heads, queries, dim), (1, heads, keys, dim), True, "cuda")
+    _, later, _, consumers, _ = made.constants
+    size, shift = consumers * ROWS.value, keys - queries
+    for first in range(0, queries, size):
+        seen = min(keys, first + size + shift)
+        last_block = (seen - 1) // KEYS.value * KEYS.value
+        crossed = any(
+            row + shift + 1 < last_block for row in range(first, min(first + size, queries))
+        )
+        assert later or not crossed
 
 
 @pytest.mark.parametrize("heads, keys", [(2, 130), (4, 256)])
@@ -177,12 +201,48 @@ def test_a_launch_gives_each_kernel_its_arguments(heads, keys, monkeypatch):
     assert given["finish_kernel"][0] == (2 * heads, 2, 1)
 
 
+@pytest.mark.parametrize("which", [None, 0, 1, 2])
+def test_who_wants_a_gradient_gets_one_and_nobody_else_pays_for_it(which, monkeypatch, unchecked):
+    """Without data, and so without a kernel: results as the operators describe them."""
+    calls = []
+
+    def spy(name):
+        operator = getattr(flash_hopper, name)
+        monkeypatch.setattr(flash_hopper, name, lambda *x: calls.append(name) or operator(*x))
+
+    spy("forward")
+    spy("forward_alone")
+    with FakeTensorMode():
+        inputs = [torch.empty(1, 2, 65, 64, device="cuda").bfloat16() for _ in range(3)]
+        if which is not None:
+            inputs[which].requires_grad_()
+        seen = flash_hopper.flash_attention_hopper_with_log_sum_exp(*inputs)
+        with torch.no_grad():
+            quiet = flash_hopper.flash_attention_hopper_with_log_sum_exp(*inputs)
+    assert [x.requires_grad for x in seen] == [which is not None] * 2
+    assert not any(x.requires_grad for x in quiet)
+    assert calls == ["forward_alone" if which is None else "forward", "forward_alone"]
+
+
+def test_results_lie_as_the_operator_says_without_data(monkeypatch):
+    monkeypatch.setattr(flash_hopper, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(flash_hopper, "launch", lambda *given: None)
+    monkeypatch.setattr(flash_hopper, "plan", plan.__wrapped__)
+    query, key = (torch.zeros(2, heads, 7, 64).bfloat16() for heads in (6, 3))
+    real, fake = (
+        run(query, key, key, True, 1.0)
+        for run in (flash_hopper.run_forward, flash_hopper.fake_forward)
+    )
+    for x, y in zip(real, fake, strict=True):
+        assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+
+
 @pytest.mark.parametrize(
     "planes, rows, at_once, together",
     [(16, 16384, 1, 1), (64, 4096, 4, 4), (6, 1024, 16, 6), (16, 16384, 4, 4), (6, 16384, 4, 3)],
 )
 def test_heads_that_run_together_divide_all(planes, rows, at_once, together):
-    assert heads_together(planes, rows, 128, at_once) == together
+    assert heads_together(planes, 8 * rows * 128, at_once) == together
 
 
 def test_for_a_gpu_it_is_one_graph():

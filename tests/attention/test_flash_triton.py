@@ -21,6 +21,7 @@ from implementations.attention.flash_hopper import backward as backward_hopper
 from implementations.attention.flash_hopper import (
     flash_attention_hopper,
     flash_attention_hopper_with_log_sum_exp,
+    forward_alone,
 )
 from implementations.attention.flash_hopper import forward as forward_hopper
 from implementations.attention.flash_triton import (
@@ -476,6 +477,8 @@ def test_the_operators_for_hopper_are_registered_as_torch_asks():
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     leaf = query.clone().requires_grad_()
     torch.library.opcheck(forward_hopper, (leaf, key, value, True, 0.25), test_utils=tests)
+    alone = ("test_schema", "test_faketensor")
+    torch.library.opcheck(forward_alone, (query, key, value, True, 0.25), test_utils=alone)
     output, total = forward_hopper(query, key, value, True, 0.25)
     saved = (query, key, value, output, total, torch.randn_like(output), None)
     torch.library.opcheck(backward_hopper, (*saved, True, 0.25), test_utils=tests)

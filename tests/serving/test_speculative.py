@@ -203,9 +203,9 @@ def test_logits_that_are_not_numbers_are_refused(settings):
     model = always(1, torch.nan if settings in (None, SAMPLED) else 1.0)
     with pytest.raises(ValueError, match="finite, got nan"):
         generate_speculative(model, Fixed([1, 1]), [0], 3, settings)
-    nan = torch.full((2, 3), torch.nan)
+    p = torch.tensor([[torch.nan] * 3, [1.0, 0.0, 0.0]])  # NaN where the guess is judged only
     with pytest.raises(ValueError, match="finite, got nan"):
-        verify(nan, torch.eye(3)[:1], [0], [0.5], [0.5, 0.5])
+        verify(p, torch.eye(3)[:1], [0], [0.5], [0.5, 0.5])
 
 
 @torch.no_grad()

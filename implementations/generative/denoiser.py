@@ -115,10 +115,17 @@ def log_snr_at(schedule: Schedule, time: Numbers) -> Numbers:
 
 
 def levels_for(schedule: Schedule, steps: int) -> list[Level]:
-    """Evenly spaced times from the noisiest level that a network knows, the last without noise."""
+    """Evenly spaced times from the noisiest level that a network knows, the last without noise.
+
+    Raises:
+        ValueError: there is no step.
+    """
+    if steps < 1:
+        raise ValueError(f"pictures need one step at least, got {steps}")
     ends = torch.tensor([NOISIEST, QUIETEST], dtype=torch.float64)
     first, last = schedule.time_of(ends).tolist()
-    times = torch.linspace(first, 0, steps + 1, dtype=torch.float64)[:-1].clamp(min=last)
+    # The last step leads to no noise at all: as long as the others, if that is not too quiet.
+    times = torch.linspace(first, max(last, first / steps), steps, dtype=torch.float64)
     return [*map(schedule.level, times.tolist()), Level(1.0, 0.0, 0.0)]
 
 

@@ -7,6 +7,9 @@ Without the warm-up the random weights of the beginning are remembered for 1 / (
 with decay 0.9999 a run of 10,000 steps would end with a third of them. An update before the
 optimizer's step averages the weights of one step ago.
 
+Averages are kept in float32 or wider, whatever the weights are: in bfloat16 a move of a thousandth
+is rounded away, and an average with decay 0.999 stands still a long way off.
+
 Paper   Polyak & Juditsky 1992, doi:10.1137/0330046; the warm-up: TensorFlow's
         ExponentialMovingAverage(num_updates)
 Run     uv run python implementations/generative/ema.py
@@ -24,9 +27,13 @@ def decay_at(update: int, decay: float) -> float:
     Raises:
         ValueError: the decay is not between 0 and 1.
     """
+    check_decay(decay)
+    return min(decay, (1 + update) / (10 + update))
+
+
+def check_decay(decay: float) -> None:
     if not 0 <= decay < 1:
         raise ValueError(f"a decay is at least 0 and less than 1, got {decay}")
-    return min(decay, (1 + update) / (10 + update))
 
 
 @torch.no_grad()
@@ -36,10 +43,22 @@ def follow_weights(
     """Move the averages, in place, a little towards the weights, all of them in three launches.
 
     Args:
-        decay: as a tensor where a CUDA graph would freeze a number.
+        decay: as a tensor where a CUDA graph would freeze a number; its value is not checked then.
+
+    Raises:
+        ValueError: an average is narrower than float32 or not of its weights' shape, or the decay
+            is not between 0 and 1.
     """
-    average = list(average)
-    apart = torch._foreach_sub(list(weights), average)
+    average, weights = list(average), list(weights)
+    if not isinstance(decay, Tensor):
+        check_decay(decay)
+    for kept, weight in zip(average, weights, strict=True):
+        if torch.finfo(kept.dtype).bits < 32:
+            raise ValueError(f"averages are kept in float32 at least, got {kept.dtype}")
+        if kept.shape != weight.shape:
+            shapes = f"{tuple(kept.shape)} for {tuple(weight.shape)}"
+            raise ValueError(f"an average has the shape of its weights, got {shapes}")
+    apart = torch._foreach_sub(weights, average)
     torch._foreach_mul_(apart, 1 - decay)
     torch._foreach_add_(average, apart)
 

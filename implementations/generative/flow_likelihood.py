@@ -46,8 +46,10 @@ def flow_log_likelihood(
         probes: how many random probes estimate the trace; None for the exact trace.
 
     Raises:
-        ValueError: the start has no noise, or more than the end.
+        ValueError: x is not [batch, dim], or the start has no noise, or more than the end.
     """
+    if x.ndim != 2:
+        raise ValueError(f"x is [batch, dim], its pixels in one row, got {tuple(x.shape)}")
     alpha, sigma = start
     if not 0 < sigma < alpha * highest:
         raise ValueError(

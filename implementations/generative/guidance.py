@@ -42,10 +42,12 @@ def guided(
         classes: how many labels the network knows; that number itself means "no label".
 
     Raises:
-        ValueError: the network knows no labels, or a label is not one of them.
+        ValueError: the network knows no labels, or a label is not one of them or no whole number.
     """
     if classes < 1:
         raise ValueError("guidance needs a model that was trained with labels: this one has none")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels are whole numbers, got {labels.dtype}")
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"labels are 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
     nothing = torch.full_like(labels, classes)

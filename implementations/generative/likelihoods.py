@@ -45,12 +45,15 @@ def gaussian_log_likelihood(x: Data, mean: Data, log_variance: Data) -> Float[Te
     """Σ log N(x; mean, exp(log_variance)): a density, which no bound keeps below zero.
 
     Raises:
-        ValueError: x, mean or log-variance is not finite, such as that of a variance of 0.
+        ValueError: x, mean or log-variance is not finite, such as that of a variance of 0, or the
+            variance is so small that its inverse is not.
     """
     check_finite("x", x)
     check_finite("mean", mean)
     check_finite("log-variance", log_variance)
-    squares = (x - mean).square() * (-log_variance).exp()
+    inverse = (-log_variance).exp()
+    check_finite("inverse variance", inverse)
+    squares = (x - mean).square() * inverse
     return -(squares + log_variance + math.log(2 * math.pi)).sum(-1) / 2
 
 

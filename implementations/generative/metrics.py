@@ -13,7 +13,7 @@ compare with the distance between two halves of the data, never with zero.
 
 Paper   Heusel et al. 2017, arXiv:1706.08500; Bińkowski et al. 2018, arXiv:1801.01401; Kynkäänniemi
         et al. 2019, arXiv:1904.06991; copies: Meehan et al. 2020, arXiv:2004.05675 (in spirit)
-Shapes  features [point, dim]
+Shapes  features [point, dim], finite
 Run     uv run python implementations/generative/metrics.py
 """
 
@@ -31,10 +31,10 @@ def frechet_distance(real: Points, made: Others) -> float:
     """The squared 2-Wasserstein distance between two Gaussians with these means and covariances.
 
     Raises:
-        ValueError: a set has fewer than two points.
+        ValueError: a set has fewer than two points, or as `check`.
     """
-    check(real, made)
     real, made = real.double(), made.double()
+    check(real, made)
     left, right = real.mT.cov(), made.mT.cov()
     left, right = (c.reshape(real.shape[1], real.shape[1]) for c in (left, right))
     root = square_root(left)
@@ -54,10 +54,10 @@ def kernel_distance(real: Points, made: Others) -> float:
     """The squared maximum mean discrepancy with a cubic kernel, without bias.
 
     Raises:
-        ValueError: a set has fewer than two points.
+        ValueError: a set has fewer than two points, or as `check`.
     """
-    check(real, made)
     real, made = real.double(), made.double()
+    check(real, made)
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.mT / a.shape[1] + 1) ** 3
@@ -80,11 +80,12 @@ def precision_and_recall(real: Points, made: Others, neighbours: int = 3) -> Cov
     """Shares of made points within the data, and of the data within what was made.
 
     Raises:
-        ValueError: a set has no more points than neighbours are asked for.
+        ValueError: a set has no more points than neighbours are asked for, or as `check`.
     """
+    real, made = real.double(), made.double()
+    check(real, made)
     if min(len(real), len(made)) <= neighbours:
         raise ValueError(f"{neighbours} neighbours need more points, got {len(real)}, {len(made)}")
-    real, made = real.double(), made.double()
     between = torch.cdist(real, made)
 
     def radii(points: Tensor) -> Tensor:
@@ -98,8 +99,9 @@ def precision_and_recall(real: Points, made: Others, neighbours: int = 3) -> Cov
 
 def nearest(points: Points, among: Others, at_once: int = 500) -> Float[Tensor, " point"]:
     """Distance of each point to the nearest of the others."""
-    parts = [torch.cdist(part, among).min(1).values for part in points.split(at_once)]
-    return torch.cat(parts)
+    # A large cdist squares and subtracts: it finds the nearest, but not that a copy is 0 away.
+    rows = [torch.cdist(part, among).argmin(1) for part in points.split(at_once)]
+    return torch.linalg.vector_norm(points - among[torch.cat(rows)], dim=1)
 
 
 def copied(
@@ -108,14 +110,30 @@ def copied(
     """Share of made points that are nearer to a training point than all but `share` of real ones.
 
     An honest generator has about `share` of them; one that recites has nearly all.
+
+    Raises:
+        ValueError: as `check`.
     """
+    check(made, train, held_out, least=1)
     limit = nearest(held_out, train).quantile(share)
-    return (nearest(made, train) < limit).double().mean().item()
+    # A limit of 0, where real pictures repeat themselves, is reached by copies and not undercut.
+    return (nearest(made, train) <= limit).double().mean().item()
 
 
-def check(real: Tensor, made: Tensor) -> None:
-    if min(len(real), len(made)) < 2:
-        raise ValueError(f"a set has two points at least, got {len(real)} and {len(made)}")
+def check(*sets: Tensor, least: int = 2) -> None:
+    """Raise ValueError unless all are points of one space, so many at least, with finite squares.
+
+    Not a number is neither near nor far: it would pass for no copy and for no neighbour.
+    """
+    shapes = [tuple(points.shape) for points in sets]
+    if any(len(shape) != 2 or shape[1] < 1 or shape[1] != shapes[0][1] for shape in shapes):
+        raise ValueError(f"sets are [point, dim] of one dim, got {', '.join(map(str, shapes))}")
+    if min(len(points) for points in sets) < least:
+        counts = " and ".join(str(len(points)) for points in sets)
+        raise ValueError(f"a set has {least} points at least, got {counts}")
+    for points in sets:
+        if not points.square().sum().isfinite():
+            raise ValueError("points are finite, and small enough to be squared")
 
 
 def main() -> None:

@@ -92,6 +92,8 @@ def heun_row(before: Level | None, now: Level, then: Level) -> Row:
 
 def sde_row(before: Level | None, now: Level, then: Level) -> Row:
     """dx = (f x - g² score) dt + g dw, backwards; score = (alpha D - x) / sigma²."""
+    if now.alpha == 0:
+        raise ValueError("this sampler divides by alpha: begin where a little of the data is left")
     step = then.time - now.time
     f = now.alpha_rate / now.alpha
     g_squared = 2 * now.sigma * (now.sigma_rate - f * now.sigma)
@@ -137,13 +139,17 @@ def sample(
         watch: called before each step with its level, x, and the guess of the data.
 
     Raises:
-        ValueError: noise does not fall from level to level, there are fewer than two, or the
-            sampler needs a clock and these levels have none.
+        ValueError: noise does not fall from level to level, there are fewer than two, the sampler
+            needs a clock and these levels have none, it needs data in the first level and there
+            are none, or a guess is not as large as x.
     """
     check(levels, sampler)
     before, remembered = None, None
     for now, then in pairwise(levels):
         first = denoise(x, now.alpha, now.sigma)
+        if first.shape != x.shape:
+            shapes = f"got {tuple(first.shape)} for {tuple(x.shape)}"
+            raise ValueError(f"a guess of the data is as large as x, {shapes}")
         if watch:
             watch(now, x, first)
         if then.sigma == 0:

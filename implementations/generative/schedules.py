@@ -77,8 +77,14 @@ class Schedule(NamedTuple):
         return Level(*(value.item() for value in values), time, *rates)
 
     def time_of(self, log_snr: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-        """When the schedule has this log SNR: by bisection, to the last bits of float64."""
+        """When the schedule has this log SNR: by bisection, to the last bits of float64.
+
+        Raises:
+            ValueError: a log SNR is not a number.
+        """
         wanted = log_snr.double()
+        if wanted.isnan().any():
+            raise ValueError("no time has a log SNR that is not a number")
         low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
         for _ in range(60):
             middle = (low + high) / 2
@@ -100,10 +106,15 @@ class Schedule(NamedTuple):
         """Levels at equally spaced log SNR, between two times at which it is finite.
 
         Raises:
-            ValueError: as `grid`.
+            ValueError: as `grid`, or an end is without noise or without data.
         """
         check_ends(steps, first, last)
         ends = self.log_snr(torch.tensor([first, last], dtype=torch.float64)).tolist()
+        if not all(map(math.isfinite, ends)):
+            raise ValueError(
+                f"even log SNR needs finite ends, got {ends[0]:.4g} at t = {first} and "
+                f"{ends[1]:.4g} at {last}"
+            )
         times = self.time_of(torch.linspace(*ends, steps + 1, dtype=torch.float64)).tolist()
         return [self.level(time) for time in [first, *times[1:-1], last]]
 
@@ -170,11 +181,16 @@ def alpha_bars(betas: Float[Tensor, " step"]) -> Float[Tensor, " step"]:
     """The share of the data's variance that is left after each step.
 
     Raises:
-        ValueError: a beta is not between 0 and 1, so that noise would not grow with every step.
+        ValueError: a beta is not between 0 and 1, or so small that 1 - beta rounds to 1: noise
+            would not grow with every step.
     """
-    if betas.numel() == 0 or not ((betas > 0) & (betas < 1)).all():
-        raise ValueError(f"every beta lies between 0 and 1, got {betas.tolist()[:5]} ...")
-    return (1 - betas).cumprod(0)
+    kept = 1 - betas
+    if betas.numel() == 0 or not ((kept > 0) & (kept < 1)).all():
+        raise ValueError(
+            f"every beta lies between 0 and 1, and 1 - beta in {betas.dtype} too, got "
+            f"{betas.tolist()[:5]} ..."
+        )
+    return kept.cumprod(0)
 
 
 def levels_of_betas(betas: Float[Tensor, " step"], steps: int | None = None) -> list[Level]:

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,12 +39,29 @@ class Timings:
 
     def spread(self, ours: str, peer: str) -> float:
         """Half the distance between the quartiles of that ratio."""
-        low, _, high = statistics.quantiles(self.ratios(ours, peer), n=4, method="inclusive")
-        return (high - low) / 2
+        return half_between_quartiles(self.ratios(ours, peer))
 
     def ratios(self, ours: str, peer: str) -> list[float]:
         """peer / ours, round by round."""
         return [b / a for a, b in zip(self.seconds[ours], self.seconds[peer], strict=True)]
+
+
+def half_between_quartiles(ratios: list[float]) -> float:
+    """Half the distance between the quartiles: half of the ratios lie in a range twice as long."""
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return (high - low) / 2
+
+
+def over_rounds(ratios: list[float], repeated: str = "rounds") -> dict[str, Any]:
+    """A Finding's measurement of a ratio of times: median, spread, and how many of what.
+
+    Of one there is no spread, and nothing was repeated.
+    """
+    found = {"measured": statistics.median(ratios)}
+    if len(ratios) > 1:
+        found |= {"spread": half_between_quartiles(ratios), "seeds": len(ratios)}
+        found["repeated"] = repeated
+    return found
 
 
 def time_interleaved(

@@ -1,6 +1,7 @@
 """The denoiser around an exact network: every kind gives the mixture's guess on every schedule."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -111,6 +112,24 @@ def test_ways_stay_where_the_network_was_trained(name):
     assert len(levels) == 8 and levels[-1].sigma == 0
     assert all(-12.01 < level.log_snr < 12.01 for level in levels[:-1])
     assert log_snr_at(SCHEDULES[name], torch.tensor([0.0, 1.0])).abs().max() <= 12
+
+
+@pytest.mark.parametrize("steps", [1, 100, 1000])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_any_number_of_steps_is_a_way(name, steps):
+    """Where even steps would be shorter than the quietest level is away from none, too."""
+    levels = levels_for(SCHEDULES[name], steps)
+    assert len(levels) == steps + 1
+    log_snrs = [level.log_snr for level in levels]
+    assert all(a < b for a, b in pairwise(log_snrs))
+    times = torch.tensor([level.time for level in levels[:-1]])
+    torch.testing.assert_close(times.diff(), times.diff().mean().expand(steps - 1))
+    assert max(log_snrs[:-1]) < 12.01
+
+
+def test_a_way_without_steps():
+    with pytest.raises(ValueError, match="one step at least, got 0"):
+        levels_for(SCHEDULES["cosine"], 0)
 
 
 def test_guidance_without_labels():

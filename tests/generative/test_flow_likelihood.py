@@ -58,6 +58,12 @@ def test_bad_start(sigma):
         flow_log_likelihood(ring().denoised, torch.zeros(1, 2), (1.0, sigma))
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_pictures_are_laid_out_in_one_row():
+    with pytest.raises(ValueError, match=r"in one row, got \(2, 1, 2, 2\)"):
+        flow_log_likelihood(lambda x, alpha, sigma: 0 * x, torch.zeros(2, 1, 2, 2), (0.5, 1.0))
+
+
 def test_without_data_the_density_is_the_noises():
     """A denoiser that always says 0: x is normal with variance s² at every level."""
     x = torch.randn(5, 3, dtype=torch.float64)

@@ -59,3 +59,10 @@ def test_labels_are_left_out_at_the_rate():
 def test_bad_labels(labels, classes, sentence):
     with pytest.raises(ValueError, match=sentence):
         guided(conditional(ring()), torch.tensor(labels), 2.0, classes)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("labels", [torch.zeros(2), torch.tensor([True, False])])
+def test_labels_that_are_no_whole_numbers(labels):
+    with pytest.raises(ValueError, match=f"labels are whole numbers, got {labels.dtype}"):
+        guided(conditional(ring()), labels, 2.0, 5)

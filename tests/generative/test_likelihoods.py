@@ -150,6 +150,7 @@ ZERO, NAN = torch.zeros(1, 2), torch.tensor([[0.0, math.nan]])
         (lambda: gaussian_log_likelihood(NAN, ZERO, ZERO), "finite x, got nan"),
         (lambda: gaussian_log_likelihood(ZERO, NAN, ZERO), "finite mean"),
         (lambda: gaussian_log_likelihood(ZERO, ZERO, ZERO.log()), "log-variance, got -inf"),
+        (lambda: gaussian_log_likelihood(ZERO, ZERO, ZERO - 200), "inverse variance, got inf"),
         (lambda: discretized_logistic_log_likelihood(ZERO + 9, ZERO, ZERO, 9), "0 and 8, got 9"),
         (lambda: discretized_logistic_log_likelihood(ZERO + 0.5, ZERO, ZERO, 9), "whole numbers"),
         (lambda: discretized_logistic_log_likelihood(NAN, ZERO, ZERO, 9), "got nan to nan"),

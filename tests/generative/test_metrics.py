@@ -1,5 +1,7 @@
 """Metrics against scipy, scikit-learn and distances worked by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -86,15 +88,52 @@ def test_copies_are_counted():
     assert copied(new, train, held_out) < 0.12
 
 
+def test_copies_are_counted_where_real_pictures_repeat_themselves():
+    """A quarter of the held-out points are training points: the limit is 0, and copies are at it.
+    A hundred points of a hundred numbers, because a large cdist says that a copy is 0.01 away."""
+    train, fresh, new = torch.randn(3, 100, 100)
+    held_out = torch.cat((train[:25], fresh[:75]))
+    assert nearest(train, train).max() == 0
+    assert copied(train, train, held_out) == 1.0
+    assert copied(held_out, train, held_out) == 0.25
+    assert copied(new, train, held_out) == 0.0
+
+
 def test_nearest_by_hand():
     points, among = torch.tensor([[0.0], [5.0]]), torch.tensor([[1.0], [7.0]])
     assert nearest(points, among, at_once=1).tolist() == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
+@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, precision_and_recall])
+def test_points_that_are_no_numbers_are_refused(metric, bad, sets):
+    real, made = sets
+    made[3, 1] = bad
+    for pair in ((real, made), (made, real)):
+        with pytest.raises(ValueError, match="points are finite"):
+            metric(*pair)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_no_number_is_not_counted_as_no_copy(which):
+    parts = torch.randn(3, 20, 4)
+    parts[which, 3, 1] = math.nan
+    with pytest.raises(ValueError, match="points are finite"):
+        copied(*parts)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, precision_and_recall])
+def test_sets_of_two_spaces_are_refused(metric):
+    for made in (torch.zeros(9, 3), torch.zeros(9), torch.zeros(9, 1, 2, 2), torch.zeros(9, 0)):
+        with pytest.raises(ValueError, match=r"one dim, got \(9, 2\), \(9,"):
+            metric(torch.zeros(9, 2), made)
+
+
 def test_too_few_points():
     few = torch.zeros(1, 2)
     for metric in (frechet_distance, kernel_distance):
-        with pytest.raises(ValueError, match="two points at least, got 1 and 1"):
+        with pytest.raises(ValueError, match="2 points at least, got 1 and 1"):
             metric(few, few)
     with pytest.raises(ValueError, match="3 neighbours need more points"):
         precision_and_recall(torch.zeros(3, 2), torch.zeros(9, 2))

@@ -145,8 +145,20 @@ def test_steps_are_diffusers(name):
         (SCHEDULES["cosine"].grid(3, 0.1, 0.9)[::-1], "ddim", "noise falls from level to level"),
         (SCHEDULES["cosine"].grid(3, 0.1, 0.9)[:1], "ddim", "two levels at least, got 1"),
         (levels_of_betas(linear_betas(5)), "heun", "follows a clock"),
+        (SCHEDULES["straight"].grid(2), "sde", "divides by alpha"),
     ],
 )
 def test_bad_levels(levels, name, sentence):
     with pytest.raises(ValueError, match=sentence):
         sample(ring().denoised, torch.zeros(1, 2, dtype=torch.float64), levels, SAMPLERS[name])
+
+
+def test_a_guess_of_another_size_is_refused():
+    """Broadcasting would turn one guess into everybody's."""
+    with pytest.raises(ValueError, match=r"as large as x, got \(1, 3\) for \(4, 3\)"):
+        sample(
+            lambda x, alpha, sigma: x[:1],
+            torch.zeros(4, 3),
+            SCHEDULES["cosine"].grid(2),
+            SAMPLERS["ddim"],
+        )

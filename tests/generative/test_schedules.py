@@ -109,6 +109,10 @@ def test_grids_by_log_snr_are_even():
         (lambda: alpha_bars(torch.tensor([0.1, 1.0])), "between 0 and 1"),
         (lambda: alpha_bars(torch.tensor([0.1, -0.1])), "between 0 and 1"),
         (lambda: levels_of_betas(linear_betas(10), 11), "all 10 steps can be taken, got 11"),
+        (lambda: alpha_bars(torch.full((10,), 1e-9)), "1 - beta in torch.float32 too, got"),
+        (lambda: SCHEDULES["cosine"].grid_by_log_snr(3, 0.0), "finite ends, got .* and inf at 0.0"),
+        (lambda: SCHEDULES["straight"].grid_by_log_snr(3, 0.1), "finite ends, got -inf at t = 1.0"),
+        (lambda: SCHEDULES["cosine"].time_of(torch.tensor([math.nan])), "not a number"),
     ],
 )
 def test_bad_input(call, sentence):

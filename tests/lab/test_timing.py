@@ -1,9 +1,15 @@
 """Order, counting and arithmetic of the stopwatch. No test asserts how long anything took."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-from implementations.lab.timing import Timings, time_interleaved
+from implementations.lab.timing import Timings, over_rounds, time_interleaved
+
+WEEKS = Path(__file__).parents[2] / "weeks"
 
 
 def recorder(log):
@@ -68,6 +74,44 @@ def test_spread_of_two_rounds_stays_inside_them():
     """Ratios 1 and 3: quartiles 1.5 and 2.5."""
     timings = Timings({"ours": [1.0, 1.0], "peer": [1.0, 3.0]})
     assert timings.spread("ours", "peer") == 0.5
+
+
+def test_a_measurement_over_rounds_by_hand():
+    """The ratios of above; half their range would be 2.5. Of one ratio there is no spread."""
+    found = over_rounds(HAND_MADE.ratios("ours", "peer"))
+    assert found == {"measured": 3.0, "spread": 1.5, "seeds": 5, "repeated": "rounds"}
+    assert over_rounds([1.0, 3.0], "questions")["repeated"] == "questions"
+    assert over_rounds([4.0]) == {"measured": 4.0}
+
+
+def spreads(tree):
+    """What a script writes after `spread=` or "spread":"""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "spread":
+            yield node.value
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value == "spread":
+                    yield value
+
+
+def other_spreads(script):
+    """Spreads that are half a range or a standard error."""
+    for value in spreads(ast.parse(script)):
+        text = ast.unparse(value)
+        if re.search(r"\b(min|max|amin|amax|sqrt)\b|\*\* 0\.5|\*\* -0\.5", text):
+            yield text
+
+
+def test_a_spread_means_one_thing_in_every_script():
+    """One deviation or half of what lies between the quartiles; over_rounds and over_seeds know."""
+    scripts = {path: path.read_text("utf-8") for path in WEEKS.glob("*/*.py")}
+    assert sum(1 for text in scripts.values() for _ in spreads(ast.parse(text))) > 20
+    assert not {path.name: list(other_spreads(text)) for path, text in scripts.items()
+                if list(other_spreads(text))}  # fmt: skip
+    assert list(other_spreads("f(spread=(max(x) - min(x)) / 2)"))
+    assert list(other_spreads("{'spread': x.std() / len(x) ** 0.5}"))
+    assert not list(other_spreads("f(spread=x.std().item())"))
 
 
 def test_a_slow_round_for_both_does_not_move_the_ratio():

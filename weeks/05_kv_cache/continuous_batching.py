@@ -25,6 +25,7 @@ import torch
 
 from implementations.lab.findings import Finding, at_least, equals
 from implementations.lab.script import run
+from implementations.lab.timing import over_rounds
 from implementations.models.decoder import SMOLLM2, Decoder, DecoderConfig
 from implementations.serving.engine import Engine, Parameters
 
@@ -141,10 +142,9 @@ def main(config: Config) -> list[Finding]:
         ),
         Finding(
             "throughput, continuous over static",
-            statistics.median(gains),
-            "x",
+            unit="x",
             goal=at_least(1.5),
-            spread=(max(gains) - min(gains)) / 2,
+            **over_rounds(gains),
         ),
     ]
     tokens = sum(answers)

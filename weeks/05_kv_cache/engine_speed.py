@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from implementations.lab.findings import Finding, at_least
 from implementations.lab.script import run
+from implementations.lab.timing import over_rounds
 from implementations.models.decoder import SMOLLM2, Decoder, DecoderConfig
 from implementations.models.llama_in_transformers import llama_in_transformers
 from implementations.serving.engine import Engine, Parameters
@@ -195,10 +196,9 @@ def main(config: Config) -> list[Finding]:
     return [
         Finding(
             "the engine writes, times transformers' best static batch,",
-            statistics.median(ratios),
-            "x",
+            unit="x",
             goal=None if config.device == "cpu" else at_least(3.0),
-            spread=(max(ratios) - min(ratios)) / 2,
+            **over_rounds(ratios),
         ),
         Finding("the engine writes", rate, "tokens/s"),
         Finding(f"transformers, batches of {size}, writes", statistics.median(peer), "tokens/s"),

@@ -22,6 +22,7 @@ import torch
 
 from implementations.lab.findings import Finding, at_least, at_most
 from implementations.lab.script import run
+from implementations.lab.timing import over_rounds
 from implementations.models.decoder import SMOLLM2, Decoder
 from implementations.serving.engine import Engine, Parameters
 from implementations.sources.text import bible_verses
@@ -134,10 +135,9 @@ def main(config: Config) -> list[Finding]:
         Finding("first token with it", statistics.median(t for t, _ in later), "s"),
         Finding(
             "the cache brings the first token sooner by",
-            statistics.median(gains),
-            "x",
+            unit="x",
             goal=at_least(10),
-            spread=(max(gains) - min(gains)) / 2,
+            **over_rounds(gains, "questions"),
         ),
     ]
 

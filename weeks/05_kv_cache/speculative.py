@@ -25,6 +25,7 @@ from implementations.attention.rotary_table import RotaryTable
 from implementations.attention.vendor import attention_sdpa
 from implementations.lab.findings import Finding, at_least
 from implementations.lab.script import run
+from implementations.lab.timing import over_rounds
 from implementations.models.decoder import SMOLLM2, Decoder
 from implementations.serving.kv_cache import CachedDecoder, KeyValueCache
 from implementations.serving.speculative import NGramDraft, Written, generate_speculative
@@ -120,7 +121,11 @@ def main(config: Config) -> list[Finding]:
                 expected=at_least(1.0),
                 source="every pass writes at least one",
             ),
-            Finding(f"{kind}: faster by", gains[kind], "x", spread=(max(ratios) - min(ratios)) / 2),
+            Finding(
+                f"{kind}: faster by",
+                unit="x",
+                **over_rounds(ratios, f"runs of {len(prompts)} prompts"),
+            ),
         ]
     draw(passes, gains)
     texts = sum(map(len, tasks.values()))

@@ -122,7 +122,7 @@ def main(config: Config) -> list[Finding]:
         findings += [
             Finding(f"{name}: a uniform guess", guess, BITS),
             Finding(f"{name}: one draw", one.mean().item(), BITS,
-                    spread=one.std().item() / len(one) ** 0.5, seeds=len(one), repeated="digits",
+                    spread=one.std().item(), seeds=len(one), repeated="digits",
                     expected=at_most(guess) if trained_enough else None),
             Finding(f"{name}: {config.draws} draws", many.mean().item(), BITS),
             Finding(f"{name}: one draw costs more by", (one.mean() - many.mean()).item(), BITS,

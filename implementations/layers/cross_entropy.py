@@ -31,8 +31,14 @@ def cross_entropy_naive(
     Without a valid row the mean is of nothing, and NaN.
 
     Raises:
-        ValueError: a target is neither `ignore_index` nor in the vocabulary.
+        ValueError: there is not one target for each row, or a target is neither `ignore_index` nor
+            in the vocabulary.
     """
+    if targets.shape != logits.shape[:-1]:  # broadcasting would give a loss, and a wrong one
+        raise ValueError(
+            f"rows of {tuple(logits.shape)} need targets of {tuple(logits.shape[:-1])}, "
+            f"got {tuple(targets.shape)}"
+        )
     vocabulary, valid = logits.shape[-1], targets != ignore_index
     if ((targets < 0) | (targets >= vocabulary))[valid].any():
         raise ValueError(f"targets are 0 ... {vocabulary - 1} or ignore_index {ignore_index}")

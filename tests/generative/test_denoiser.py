@@ -4,7 +4,9 @@ import math
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 
@@ -137,3 +139,56 @@ def test_guidance_without_labels():
         asked(Denoiser(Exact("v"), "v"), None, 2.0)
     with pytest.raises(ValueError, match="this one has none"):
         asked(Denoiser(Exact("v"), "v"), torch.zeros(1, dtype=torch.long), 2.0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_both_ends_are_the_schedules_own_or_the_networks(name):
+    """An edm schedule begins at a sigma of 80, the linear betas at a log SNR of -10.05."""
+    noisiest = {"edm": -2 * math.log(80), "linear": -10.05}.get(name, -12)
+    found = log_snr_at(SCHEDULES[name], torch.tensor([0.0, 1.0]))
+    assert found.tolist() == pytest.approx([12, noisiest], abs=0.01)
+    assert levels_for(SCHEDULES[name], 2)[0].log_snr == pytest.approx(noisiest, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["edm", "straight"])
+def test_many_steps_end_at_the_quietest_level(name):
+    """500 even ones would pass it: they begin after 114 and 404 to do so."""
+    assert levels_for(SCHEDULES[name], 500)[-2].log_snr == pytest.approx(12, abs=0.01)
+
+
+class Loud(nn.Module):
+    """A network that always answers 0.8 for label 0 and 0.2 without one, and 3 times its size."""
+
+    config = SimpleNamespace(classes=1)
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x, position, labels=None):
+        answers = torch.full_like(x, 0.8)
+        if labels is not None:
+            answers[labels == 1] = 0.2
+        return self.size * answers
+
+
+@pytest.mark.parametrize("size, cut", [(1, 0.8), (-1, -0.8), (3, 1.0), (-3, -1.0)])
+def test_guesses_are_cut_to_the_range_of_pixels(size, cut):
+    """And guided ones after they are guided: 0.2 + 3 · (0.8 - 0.2) is 2."""
+    denoiser, x = Denoiser(Loud(size), "data"), torch.randn(2, 1, 3, 3)
+    torch.testing.assert_close(asked(denoiser)(x, 0.6, 0.8), torch.full_like(x, cut))
+    labels = torch.zeros(2, dtype=torch.long)
+    guided = asked(denoiser, labels, 3.0)(x, 0.6, 0.8)
+    torch.testing.assert_close(guided, torch.full_like(x, math.copysign(1, size)))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_samples_start_as_noisy_as_the_schedule_does(name):
+    """At a sigma of 80 as well: 8,000 pixels of the cut normal, within 5 standard errors."""
+    noise = torch.randn(2000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    made = generate(Denoiser(Exact("v"), "v"), noise, SCHEDULES[name], 60, SAMPLERS["ddim"])
+    quantiles = scipy.stats.norm(MEAN, DEVIATION).ppf((np.arange(8000) + 0.5) / 8000)
+    wanted = quantiles.clip(-1, 1)
+    error = wanted.std() / 8000**0.5
+    assert made.mean().item() == pytest.approx(wanted.mean(), abs=5 * error)
+    assert made.std().item() == pytest.approx(wanted.std(), abs=5 * error)

@@ -162,3 +162,15 @@ def test_a_guess_of_another_size_is_refused():
             SCHEDULES["cosine"].grid(2),
             SAMPLERS["ddim"],
         )
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_who_watches_sees_each_level_with_its_x_and_its_guess(name):
+    """The level that is left, not the one that comes."""
+    mixture, levels, seen = ring(), SCHEDULES["cosine"].grid(6, 0.0, 0.95), []
+    x = torch.randn(3, 2, dtype=torch.float64)
+    sample(mixture.denoised, x, levels, SAMPLERS[name], watch=lambda *now: seen.append(now))
+    assert [level for level, _, _ in seen] == levels[:-1]
+    assert torch.equal(seen[0][1], x)
+    for level, noisy, guess in seen:
+        assert torch.equal(guess, mixture.denoised(noisy, level.alpha, level.sigma))

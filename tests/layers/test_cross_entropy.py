@@ -1,6 +1,7 @@
 """Cross-entropy against torch, and by hand."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -53,3 +54,13 @@ def test_narrow_logits_give_a_wide_loss():
     assert (
         cross_entropy_naive(torch.randn(2, 3).half(), torch.tensor([0, 1])).dtype is torch.float32
     )
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("shape", [(1,), (), (4, 1), (3,), (2, 4)], ids=str)
+def test_targets_of_another_shape_are_refused(shape):
+    """One target for four rows would broadcast: a loss of four normalizers and one logit."""
+    logits, targets = torch.randn(4, 5), torch.zeros(shape, dtype=torch.long)
+    sentence = f"rows of (4, 5) need targets of (4,), got {shape}"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        cross_entropy_naive(logits, targets)

@@ -1,5 +1,6 @@
 """The last layer with its loss, against torch's two functions."""
 
+import pytest
 import torch
 from torch.nn import functional
 
@@ -16,3 +17,10 @@ def test_linear_is_torchs_linear_and_cross_entropy():
         hidden,
         weight,
     )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_one_target_for_many_rows_is_refused():
+    hidden, weight = torch.randn(4, 3), torch.randn(5, 3)
+    with pytest.raises(ValueError, match=r"\(4, 5\) need targets of \(4,\), got \(1,\)"):
+        linear_cross_entropy_naive(hidden, weight, torch.zeros(1, dtype=torch.long))

@@ -20,6 +20,7 @@ Run     uv run python implementations/serving/block_manager.py
 """
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -159,7 +160,7 @@ class BlockManager:
         digests = list(known)
         for start in range(len(known) * self.page, len(tokens) - self.page + 1, self.page):
             parent = digests[-1] if digests else b""
-            block = repr([*map(int, tokens[start : start + self.page])]).encode()
+            block = array("q", tokens[start : start + self.page]).tobytes()
             digests.append(hashlib.sha256(parent + block).digest())
         return digests
 

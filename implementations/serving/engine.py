@@ -22,7 +22,7 @@ import operator
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -192,13 +192,7 @@ class Engine:
         if not 0 <= parameters.temperature < math.inf:
             given = parameters.temperature
             raise ValueError(f"a temperature is 0 (greedy) or positive and finite, got {given}")
-        # Token 0 is likely and was seen: what overflows for it would overflow for most.
-        likely = torch.zeros(1, vocabulary, dtype=self.decoder.embedding.weight.dtype)
-        likely[:, 0] = 100.0
-        try:
-            greedy(processed(likely, torch.zeros(1, 1).long(), parameters.sampling))
-        except ValueError as problem:
-            raise ValueError(f"these sampling settings cannot be used: {problem}") from None
+        check_sampling(parameters.sampling, self.decoder.embedding.weight.dtype)
         strings = parameters.stop_strings
         if isinstance(strings, str) or not all(isinstance(string, str) for string in strings):
             raise ValueError(f"stop strings are a tuple of strings, got {strings!r}")
@@ -433,6 +427,17 @@ def whole(name: str, values: Iterable[int]) -> list[int]:
         return [int(operator.index(value)) for value in values]
     except TypeError as problem:
         raise ValueError(f"{name} have to be whole numbers: {problem}") from None
+
+
+@lru_cache
+def check_sampling(settings: SamplingSettings, dtype: torch.dtype) -> None:
+    """Raise ValueError unless logits of 100 and 0 can be changed so, the first token being one that
+    was seen: what overflows for them would for most. Most requests ask for the same settings."""
+    likely, seen = torch.tensor([[100.0, 0.0]], dtype=dtype), torch.zeros(1, 1).long()
+    try:
+        greedy(processed(likely, seen, settings))
+    except ValueError as problem:
+        raise ValueError(f"these sampling settings cannot be used: {problem}") from None
 
 
 def main() -> None:

@@ -192,7 +192,7 @@ class Engine:
         if not 0 <= parameters.temperature < math.inf:
             given = parameters.temperature
             raise ValueError(f"a temperature is 0 (greedy) or positive and finite, got {given}")
-        check_sampling(parameters.sampling, vocabulary, self.decoder.embedding.weight.dtype)
+        check_sampling(parameters.sampling, self.decoder.embedding.weight.dtype)
         strings = parameters.stop_strings
         if isinstance(strings, str) or not all(isinstance(string, str) for string in strings):
             raise ValueError(f"stop strings are a tuple of strings, got {strings!r}")
@@ -430,13 +430,12 @@ def whole(name: str, values: Iterable[int]) -> list[int]:
 
 
 @lru_cache
-def check_sampling(settings: SamplingSettings, vocabulary: int, dtype: torch.dtype) -> None:
-    """Raise ValueError unless logits can be changed so; most requests ask for the same."""
-    # Token 0 is likely and was seen: what overflows for it would overflow for most.
-    likely = torch.zeros(1, vocabulary, dtype=dtype)
-    likely[:, 0] = 100.0
+def check_sampling(settings: SamplingSettings, dtype: torch.dtype) -> None:
+    """Raise ValueError unless logits of 100 and 0 can be changed so, the first token being one that
+    was seen: what overflows for them would for most. Most requests ask for the same settings."""
+    likely, seen = torch.tensor([[100.0, 0.0]], dtype=dtype), torch.zeros(1, 1).long()
     try:
-        greedy(processed(likely, torch.zeros(1, 1).long(), settings))
+        greedy(processed(likely, seen, settings))
     except ValueError as problem:
         raise ValueError(f"these sampling settings cannot be used: {problem}") from None
 

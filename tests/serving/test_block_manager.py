@@ -186,6 +186,15 @@ def test_a_block_filled_by_append_can_be_found():
     assert manager.allocate([1, 2, 9])[1] == 2
 
 
+def test_a_block_can_be_found_from_its_last_token_on():
+    """Filled token by token, before the next block begins."""
+    manager = BlockManager(8, 4)
+    text, _ = manager.allocate([1])
+    for token in (2, 3, 4):
+        assert manager.append(text, [token]) == []
+    assert manager.allocate([1, 2, 3, 4, 9])[1] == 4
+
+
 def test_a_fork_copies_its_last_block_on_the_first_write():
     manager = BlockManager(8, 4)
     text, _ = manager.allocate(range(6))

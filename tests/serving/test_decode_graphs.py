@@ -89,6 +89,7 @@ def test_tables_follow_their_texts():
     twin = manager.fork(texts[0])
     orders = [[0, 1, 2, 3], [0, 4, 1, 2, 3], [3, 1], [4, 0, 0, 2], [1, 1, 1, 1, 1]]
     texts.append(twin)
+    tables.rows([texts[0], twin])  # before one of them gets a last block of its own
     for turn in range(30):
         batch = [texts[i] for i in orders[turn % 5]]
         for text in set(batch):

@@ -58,10 +58,9 @@ class Plan(NamedTuple):
 
     grid: tuple[int, int, int]
     sizes: tuple[int, ...]
-    """tiles, heads whose tiles come by length, heads, query heads of a key head, queries, keys"""
+    """tiles, heads, query heads of a key head, queries, keys"""
     constants: tuple
-    """causal, whether a block but a tile's last hides keys, tiles in pairs, consumers of 64 rows a
-    program, registers of a consumer's thread"""
+    """causal, tiles in pairs, consumers of 64 rows a program, registers of a consumer's thread"""
     results: tuple[tuple[int, ...], ...]
     """strides of the output, shape and strides of the log-sum-exp"""
 
@@ -74,22 +73,13 @@ def plan(query: torch.Size, key: torch.Size, causal: bool, device: torch.device)
     # At dim 64 a third consumer has room. On an H200: 1.09 of cuDNN with it and 1.00 without at
     # 16,384 keys, but 0.93 and 1.01 at 1,024, where its larger tiles leave programs without work.
     consumers, registers = (3, 160) if dim == 64 and keys >= 8192 else (2, 240)
-    a_head, group = -(-queries // (consumers * ROWS.value)), heads // key_heads
-    tiles = batch * heads * a_head
-    # Causal, with three consumers: 1.02 of the speed of pairs at 8,192 keys and 1.04 at 16,384. At
-    # dim 128 it is 0.99 and 1.01, and 0.79 at 1,024: nothing hides where a program starts and ends.
-    alone = causal and consumers == 3
-    bytes_a_head = 4 * keys * dim  # of keys and values
-    together = group * heads_together(batch * key_heads, bytes_a_head) if alone else 1
-    sizes = (tiles, together, heads, group, queries, keys)
-    # With tiles of one block's rows, that block alone crosses the diagonal, unless it is shifted.
-    later = causal and (consumers == 3 or (keys - queries) % KEYS.value > 0)
-    constants = (causal, later, causal and not alone and tiles > programs, consumers, registers)
-    grid = (tiles if alone else min(tiles, programs), 1, 1)
+    tiles = batch * heads * -(-queries // (consumers * ROWS.value))
+    sizes = (tiles, heads, heads // key_heads, queries, keys)
+    constants = (causal, causal and tiles > programs, consumers, registers)
     # As `empty_results`, which must not keep anything: it is asked of symbolic sizes too.
     strides = (queries * heads * dim, dim, heads * dim, 1)
     results = (strides, (batch, heads, queries), (heads * queries, queries, 1))
-    return Plan(grid, sizes, constants, results)
+    return Plan((min(tiles, programs), 1, 1), sizes, constants, results)
 
 
 def run_forward(
@@ -117,12 +107,12 @@ def fake_forward(query, key, value, causal, scale):
     return empty_results(query, key, value, causal, None, scale)
 
 
-def heads_together(planes: int, bytes_a_head: int, at_once: int = 1) -> int:
-    """How many heads fill 16 MB, a third of the L2 cache, with what many programs read: a divisor.
+def heads_together(planes: int, rows: int, dim: int, at_once: int) -> int:
+    """How many heads' queries, dO and dQ fill 16 MB: a third of the L2 cache, for a divisor.
 
     At least as many as the GPU works on `at_once`: the longest tiles of all of them come first.
     """
-    most = max(at_once, 2**24 // bytes_a_head, 1)
+    most = max(1, at_once, 2**24 // (8 * rows * dim))
     return next(count for count in range(min(most, planes), 0, -1) if planes % count == 0)
 
 
@@ -149,8 +139,7 @@ def run_backward(
     sums = log_sum_exp.new_empty(batch * heads * blocks * 2 * rows)
     dq_sum = log_sum_exp.new_empty(batch * heads * blocks * rows * dim)
     tiles = -(-keys // KEYS_OF_A_PROGRAM.value)
-    bytes_a_head = 8 * group * queries * dim  # of queries, dO and dQ
-    together = heads_together(batch * key_heads, bytes_a_head, programs // tiles)
+    together = heads_together(batch * key_heads, group * queries, dim, programs // tiles)
     offset = gl.int32 if dq_sum.numel() < 2**31 else gl.int64
     variant = (query.dtype, dim, query.device)
     with torch.cuda.device_of(query):  # Triton launches on the current GPU

@@ -12,12 +12,12 @@ the other consumer's products do. Scores and weights stay in registers all the t
 
 Every buffer has two barriers. The copy engine completes `full` when its bytes are there; each
 consumer arrives at `empty` when it has read them. A counter that never restarts gives a buffer's
-slot, count % STAGES, and the phase of its barriers, count // STAGES & 1. Fresh buffers are empty.
+slot, count % STAGES, and the phase of its barriers, count // STAGES & 1. A wait for the phase
+before the first one passes: fresh buffers are empty.
 
 The grid is as large as the GPU, and a program fetches its next tile while it ends the last. When
 causal, tiles are long and short: a program takes tile i of all, then the i-th from the end, and so
-on, which is the same work for each and needs no counter. Of long causal texts at dim 64 a program
-takes one tile, the longest come first, and the next program starts where one has ended.
+on, which is the same work for each and needs no counter.
 
 Paper   Shah et al. 2024, arXiv:2407.08608
 Naive   flash.py. Step by step from the simplest form: pipeline_hopper.py. Launch: flash_hopper.py
@@ -70,32 +70,30 @@ def make_buffers(descriptor, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def number_of(turn, PAIRED: gl.constexpr):
-    """Of this program's `turn`-th tile, if there are so many."""
+def has_tile(turn, sizes, PAIRED: gl.constexpr):
+    """Whether this program has a `turn`-th tile."""
+    tiles = sizes[0]
     if PAIRED:
-        return 2 * (gl.program_id(0) + turn // 2 * gl.num_programs(0)) + turn % 2
-    return gl.program_id(0) + turn * gl.num_programs(0)
+        return 2 * (gl.program_id(0) + turn // 2 * gl.num_programs(0)) + turn % 2 < tiles
+    return gl.program_id(0) + turn * gl.num_programs(0) < tiles
 
 
 @gluon.jit
 def tile_of(turn, sizes, SIZE: gl.constexpr, CAUSAL: gl.constexpr, PAIRED: gl.constexpr):
     """Batch times head, first query, and how many blocks of keys its `turn`-th tile sees."""
-    tiles, together, _, _, queries, keys = sizes
-    number, a_head = number_of(turn, PAIRED), gl.cdiv(queries, SIZE)
+    tiles, _, _, queries, keys = sizes
     if PAIRED:
-        place = number // 2
-        if number % 2 == 1:
+        place = gl.program_id(0) + turn // 2 * gl.num_programs(0)
+        if turn % 2 == 1:
             place = tiles - 1 - place
-        plane, tile = place // a_head, place % a_head
-    else:  # the longest tiles of so many heads together
-        within = number % (together * a_head)
-        plane = (number - within) // a_head + within % together
-        tile = a_head - 1 - within // together
-    first = tile * SIZE
+    else:
+        place = gl.program_id(0) + turn * gl.num_programs(0)
+    a_head = gl.cdiv(queries, SIZE)
+    first = place % a_head * SIZE
     seen = keys
     if CAUSAL:
         seen = gl.minimum(keys, first + SIZE + keys - queries)
-    return plane, first, gl.cdiv(seen, KEYS)
+    return place // a_head, first, gl.cdiv(seen, KEYS)
 
 
 @gluon.jit
@@ -113,11 +111,11 @@ def producer(
     """Ask for all that the consumers will need, as early as there is room for it."""
     q_buffers, k_buffers, v_buffers, _ = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    _, _, heads, group, _, _ = sizes
+    _, heads, group, _, _ = sizes
     CONSUMERS: gl.constexpr = q_buffers.shape[0]
     count = 0
     turn = 0
-    while number_of(turn, PAIRED) < sizes[0]:
+    while has_tile(turn, sizes, PAIRED):
         plane, first, blocks = tile_of(turn, sizes, CONSUMERS * ROWS, CAUSAL, PAIRED)
         batch, head = plane // heads, plane % heads
         for block in range(blocks):
@@ -126,8 +124,10 @@ def producer(
             fetch(key, batch, head // group, row, k_buffers, k_full, k_empty, slot, phase)
             if block == 0:
                 for g in gl.static_range(CONSUMERS):
-                    own = first + g * ROWS
-                    fetch(query, batch, head, own, q_buffers, q_full, q_empty, g, turn & 1)
+                    fetch(
+                        query, batch, head, first + g * ROWS, q_buffers, q_full, q_empty, g,
+                        turn & 1,
+                    )  # fmt: skip
             fetch(value, batch, head // group, row, v_buffers, v_full, v_empty, slot, phase)
             count += 1
         turn += 1
@@ -172,13 +172,12 @@ def softmax(s, peak, mass, scale):
 
 @gluon.jit
 def consumer(
-    results, buffers, barriers, sizes, scale,
-    CAUSAL: gl.constexpr, LATER: gl.constexpr, PAIRED: gl.constexpr, OWN: gl.constexpr,
+    output, log_sum_exp, buffers, barriers, sizes, scale,
+    CAUSAL: gl.constexpr, PAIRED: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of rows OWN * 64 .. OWN * 64 + 63 of every tile."""
-    output, log_sum_exp = results
     q_buffers, k_buffers, v_buffers, o_buffers = buffers
-    _, _, heads, _, queries, keys = sizes
+    _, heads, _, queries, keys = sizes
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     CONSUMERS: gl.constexpr = q_buffers.shape[0]
     DIM: gl.constexpr = q_buffers.shape[4]
@@ -192,7 +191,7 @@ def consumer(
     o_buffer = o_buffers.index(OWN)
     count = 0
     turn = 0
-    while number_of(turn, PAIRED) < sizes[0]:
+    while has_tile(turn, sizes, PAIRED):
         plane, first, blocks = tile_of(turn, sizes, CONSUMERS * ROWS, CAUSAL, PAIRED)
         first += OWN * ROWS
         row = first + gl.arange(0, ROWS, S_ROWS)
@@ -217,7 +216,7 @@ def consumer(
             o_flying = start_output(weights, o, v_buffers, v_full, count - 1)
             s = warpgroup_mma_wait(1, deps=(s_flying,))
             mbarrier.arrive(k_empty.index(count % STAGES), count=1)
-            if LATER:
+            if CAUSAL:
                 s = hide(s, (blocks - 1 - block) * KEYS, last_seen, seen_by_all)
             p, peak, mass, shrink = softmax(s, peak, mass, scale)
             o = warpgroup_mma_wait(0, deps=(o_flying,))
@@ -243,17 +242,15 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tiles", "together", "heads", "group", "queries", "keys"])
+@gluon.jit(do_not_specialize=["tiles", "heads", "group", "queries", "keys"])
 def forward_kernel(
     query, key, value, output,  # descriptors [batch, head, row, dim]
     log_sum_exp,  # pointer [batch, head, query]
-    tiles, together, heads, group, queries, keys, scale,
-    CAUSAL: gl.constexpr, LATER: gl.constexpr, PAIRED: gl.constexpr,
-    CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
+    tiles, heads, group, queries, keys, scale,
+    CAUSAL: gl.constexpr, PAIRED: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and one program for the producer and each consumer."""
-    results = (output, log_sum_exp)
-    sizes = (tiles, together, heads, group, queries, keys)
+    sizes = (tiles, heads, group, queries, keys)
     buffers = (
         make_buffers(query, CONSUMERS), make_buffers(key, STAGES),
         make_buffers(value, STAGES), make_buffers(output, CONSUMERS),
@@ -267,33 +264,33 @@ def forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (producer, (query, key, value, buffers, barriers, sizes, CAUSAL, PAIRED)),
-            (consumer, (results, buffers, barriers, sizes, scale, CAUSAL, LATER, PAIRED, 0)),
-            (consumer, (results, buffers, barriers, sizes, scale, CAUSAL, LATER, PAIRED, 1)),
+            (consumer, (output, log_sum_exp, buffers, barriers, sizes, scale, CAUSAL, PAIRED, 0)),
+            (consumer, (output, log_sum_exp, buffers, barriers, sizes, scale, CAUSAL, PAIRED, 1)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (producer, (query, key, value, buffers, barriers, sizes, CAUSAL, PAIRED)),
-            (consumer, (results, buffers, barriers, sizes, scale, CAUSAL, LATER, PAIRED, 0)),
-            (consumer, (results, buffers, barriers, sizes, scale, CAUSAL, LATER, PAIRED, 1)),
-            (consumer, (results, buffers, barriers, sizes, scale, CAUSAL, LATER, PAIRED, 2)),
+            (consumer, (output, log_sum_exp, buffers, barriers, sizes, scale, CAUSAL, PAIRED, 0)),
+            (consumer, (output, log_sum_exp, buffers, barriers, sizes, scale, CAUSAL, PAIRED, 1)),
+            (consumer, (output, log_sum_exp, buffers, barriers, sizes, scale, CAUSAL, PAIRED, 2)),
         ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
 
 
 def variants() -> Iterator[Variant]:
-    yield variant(64, True, True, gl.bfloat16)
-    yield variant(128, False, False, gl.bfloat16)
-    yield variant(128, True, False, gl.bfloat16)
-    yield variant(64, True, True, gl.float16, consumers=3, registers=160)
+    for dim, causal in ((64, True), (128, False), (128, True)):
+        yield variant(dim, causal, gl.bfloat16)
+    yield variant(64, True, gl.float16, consumers=3, registers=160)
 
 
 def variant(
-    dim: int, causal: bool, later: bool, dtype: gl.dtype, consumers: int = 2, registers: int = 240
+    dim: int, causal: bool, dtype: gl.dtype, consumers: int = 2, registers: int = 240
 ) -> Variant:
-    rows, block = ROWS.value, KEYS.value
-    types = block_types({"query": rows, "key": block, "value": block, "output": rows}, dim, dtype)
-    sizes = ("tiles", "together", "heads", "group", "queries", "keys")
-    types |= {"log_sum_exp": "*fp32"} | dict.fromkeys(sizes, "i32") | {"scale": "fp32"}
-    constants = {"CAUSAL": causal, "LATER": later, "PAIRED": causal and consumers == 2}
+    rows = {"query": ROWS, "key": KEYS, "value": KEYS, "output": ROWS}
+    types = block_types({name: count.value for name, count in rows.items()}, dim, dtype)
+    types |= {"log_sum_exp": "*fp32"}
+    types |= dict.fromkeys(("tiles", "heads", "group", "queries", "keys"), "i32")
+    types |= {"scale": "fp32"}
+    constants = {"CAUSAL": causal, "PAIRED": causal}
     constants |= {"CONSUMERS": consumers, "REGISTERS": registers}
     label = f"forward, dim {dim}, {dtype}" + ", causal" * causal
     return Variant(label, forward_kernel, types, constants, capabilities=(90,))

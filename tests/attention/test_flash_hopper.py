@@ -131,44 +131,21 @@ def test_a_kernel_is_looked_up_once_for_its_constants_and_variant(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "shape, keys, causal, programs, tiles, together, later, paired, consumers",
+    "shape, causal, programs, tiles, paired, consumers",
     [
-        # Fewer tiles than the GPU has multiprocessors, and keys at whole blocks or between them.
-        ((1, 2, 100, 128), 100, True, 2, 2, 1, False, False, 2),
-        ((1, 2, 100, 128), 228, True, 2, 2, 1, False, False, 2),
-        ((1, 2, 100, 128), 101, True, 2, 2, 1, True, False, 2),
-        ((1, 2, 100, 128), 101, False, 2, 2, 1, False, False, 2),
-        ((4, 16, 4096, 128), 4096, True, 132, 2048, 1, False, True, 2),
-        ((4, 16, 4096, 128), 4096, False, 132, 2048, 1, False, False, 2),
-        ((1, 32, 16384, 64), 16384, True, 32 * 86, 32 * 86, 4, True, False, 3),
-        ((1, 32, 16384, 64), 16384, False, 132, 32 * 86, 1, False, False, 3),
-        ((4, 32, 4097, 64), 4097, False, 132, 128 * 33, 1, False, False, 2),
+        ((1, 2, 100, 128), True, 2, 2, False, 2),  # fewer tiles than the GPU has multiprocessors
+        ((4, 16, 4096, 128), True, 132, 2048, True, 2),
+        ((4, 16, 4096, 128), False, 132, 2048, False, 2),
+        ((1, 32, 16384, 64), True, 132, 32 * 86, True, 3),
+        ((1, 32, 16384, 64), False, 132, 32 * 86, False, 3),
+        ((4, 32, 4097, 64), False, 132, 128 * 33, False, 2),
     ],
 )
-def test_plans(
-    shape, keys, causal, programs, tiles, together, later, paired, consumers, monkeypatch
-):
+def test_plans(shape, causal, programs, tiles, paired, consumers, monkeypatch):
     monkeypatch.setattr(flash_hopper, "multiprocessors", lambda device: 132)
-    made = plan.__wrapped__(shape, (*shape[:2], keys, shape[3]), causal, "cuda")
-    assert made.grid == (programs, 1, 1) and made.sizes[:2] == (tiles, together)
-    assert made.constants[:4] == (causal, later, paired, consumers)
-
-
-@pytest.mark.parametrize("queries, keys", [(1, 1), (300, 300), (257, 641), (300, 301), (5, 400)])
-@pytest.mark.parametrize("heads, dim", [(1, 128), (200, 64)])
-def test_blocks_in_which_nothing_is_hidden_hide_nothing(queries, keys, heads, dim, monkeypatch):
-    """Every key that a query must not see lies where the plan has it looked at."""
-    monkeypatch.setattr(flash_hopper, "multiprocessors", lambda device: 132)
-    made = plan.__wrapped__((1, heads, queries, dim), (1, heads, keys, dim), True, "cuda")
-    _, later, _, consumers, _ = made.constants
-    size, shift = consumers * ROWS.value, keys - queries
-    for first in range(0, queries, size):
-        seen = min(keys, first + size + shift)
-        last_block = (seen - 1) // KEYS.value * KEYS.value
-        crossed = any(
-            row + shift + 1 < last_block for row in range(first, min(first + size, queries))
-        )
-        assert later or not crossed
+    made = plan.__wrapped__(shape, shape, causal, "cuda")
+    assert made.grid == (programs, 1, 1) and made.sizes[0] == tiles
+    assert made.constants[:3] == (causal, paired, consumers)
 
 
 @pytest.mark.parametrize("heads, keys", [(2, 130), (4, 256)])
@@ -242,7 +219,7 @@ def test_results_lie_as_the_operator_says_without_data(monkeypatch):
     [(16, 16384, 1, 1), (64, 4096, 4, 4), (6, 1024, 16, 6), (16, 16384, 4, 4), (6, 16384, 4, 3)],
 )
 def test_heads_that_run_together_divide_all(planes, rows, at_once, together):
-    assert heads_together(planes, 8 * rows * 128, at_once) == together
+    assert heads_together(planes, rows, 128, at_once) == together
 
 
 def test_for_a_gpu_it_is_one_graph():

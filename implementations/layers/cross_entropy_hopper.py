@@ -68,8 +68,8 @@ def cross_entropy_kernel(
     gradient,
     rows,
     vocabulary,
-    logits_stride,
-    gradient_stride,
+    logits_vectors,
+    gradient_vectors,
     upstream_stride,
     ignore_index,
     Z_LOSS: gl.constexpr,
@@ -95,17 +95,19 @@ def cross_entropy_kernel(
     ring = gl.allocate_shared_memory(element, [RING, GROUPS, THREADS, 8], FLAT)
 
     first, step = gl.program_id(0), gl.num_programs(0)
-    source = logits + gl.cast(first, gl.int64) * logits_stride
+    logits_stride = gl.cast(logits_vectors, gl.int64) * 8
+    gradient_stride = gl.cast(gradient_vectors, gl.int64) * 8
+    source = logits + first * logits_stride
     target = gl.load(targets + first)
     wanted = target != ignore_index
     for slot in range(RING):
         request(ring, slot, source, lane, wanted)
     tail = gl.load(source + tail_lane, inside & wanted, float("-inf"))
     for row in range(first, rows, step):
-        source = logits + gl.cast(row, gl.int64) * logits_stride
-        result = gradient + gl.cast(row, gl.int64) * gradient_stride
+        source = logits + row * logits_stride
+        result = gradient + row * gradient_stride
         following = gl.minimum(row + step, rows - 1)
-        next_source = logits + gl.cast(following, gl.int64) * logits_stride
+        next_source = logits + following * logits_stride
         next_target = gl.load(targets + following)
         next_wanted = (next_target != ignore_index) & (row + step < rows)
         known = (target >= 0) & (target < vocabulary) & wanted
@@ -170,8 +172,8 @@ def launch_rows(
         gradient,
         rows,
         vocabulary,
-        logits.stride(0),
-        gradient.stride(0),
+        logits.stride(0) // 8,
+        gradient.stride(0) // 8,
         upstream.stride(0) if upstream.ndim else 0,
         ignore_index,
         Z_LOSS=z_loss,
@@ -185,7 +187,7 @@ def launch_rows(
 
 def variants() -> Iterator[Variant]:
     pointers = {"logits": "*bf16", "targets": "*i64", "upstream": "*fp32", "losses": "*fp32"}
-    integers = ("rows", "vocabulary", "logits_stride", "gradient_stride", "ignore_index")
+    integers = ("rows", "vocabulary", "logits_vectors", "gradient_vectors", "ignore_index")
     types = pointers | {"gradient": "*bf16"} | dict.fromkeys(integers, "i32")
     for name, warps, ring, groups, tail in (
         ("16 warps", 16, 24, 1, 8),

@@ -22,6 +22,7 @@ from implementations.lab.ahead_of_time import Variant
 from implementations.layers.row_tiles import ceil_divide, launch, power_of_two
 
 WARPS = 16
+DELAY = 6
 CHUNK = 32 * WARPS * 8
 LOG2_E = gl.constexpr(math.log2(math.e))
 
@@ -76,10 +77,12 @@ def cross_entropy_kernel(
     RING: gl.constexpr,
     GROUPS: gl.constexpr,
     TAIL: gl.constexpr,
+    DELAY: gl.constexpr,
 ):
     """A chunk is GROUPS times 8 neighbours in each thread; RING chunks live in shared memory, what
     is left of a row, TAIL times 8 numbers a thread, in registers."""
     THREADS: gl.constexpr = 32 * gl.num_warps()
+    CHUNK: gl.constexpr = GROUPS * THREADS * 8
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32, 1], [1, gl.num_warps(), 1], [2, 1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     element: gl.constexpr = logits.dtype.element_ty
@@ -103,6 +106,12 @@ def cross_entropy_kernel(
     for slot in range(RING):
         request(ring, slot, source, lane, wanted)
     tail = gl.load(source + tail_lane, inside & wanted, float("-inf"))
+    nothing = gl.full([1, THREADS, 1], float("-inf"), gl.float32, LAYOUT)
+    maximum, total = join(tail, nothing, gl.zeros_like(nothing))
+    async_copy.wait_group(0)
+    for slot in range(RING - DELAY):
+        maximum, total = join(ring.index(slot).load(LAYOUT), maximum, total)
+
     for row in range(first, rows, step):
         source = logits + row * logits_stride
         result = gradient + row * gradient_stride
@@ -113,14 +122,11 @@ def cross_entropy_kernel(
         known = (target >= 0) & (target < vocabulary) & wanted
         chosen = gl.load(source + target, known, float("nan")).to(gl.float32)
         factor = gl.load(upstream + row * upstream_stride).to(gl.float32)
-        maximum = gl.full([1, THREADS, 1], float("-inf"), gl.float32, LAYOUT)
-        total = gl.full([1, THREADS, 1], 0.0, gl.float32, LAYOUT)
-        for slot in range(RING):
-            # Every chunk of the walk adds an empty group: as many are younger than the one awaited.
-            async_copy.wait_group(RING - 1)
+        for slot in range(RING - DELAY, RING):
+            # An empty group a chunk: there are always DELAY - 1 younger ones than the one awaited.
+            async_copy.wait_group(DELAY - 1)
             async_copy.commit_group()
             maximum, total = join(ring.index(slot).load(LAYOUT), maximum, total)
-        maximum, total = join(tail, maximum, total)
         largest = gl.max(gl.max(gl.max(maximum, axis=2), axis=1), axis=0)
         base = gl.where(largest == float("-inf"), 0.0, largest)
         total = total * gl.exp2(maximum - base)
@@ -129,12 +135,24 @@ def cross_entropy_kernel(
         loss = normalizer - chosen + Z_LOSS * normalizer * normalizer
         gl.store(losses + row, gl.where(wanted, loss, 0.0))
         weight = factor * (1 + 2 * Z_LOSS * normalizer)
-        gl.store(result + tail_lane, slopes(tail, weight, binary, wanted), inside, cache_modifier=".cs")
+
+        last = slopes(tail, weight, binary, wanted)
+        gl.store(result + tail_lane, last, inside, cache_modifier=".cs")
         tail = gl.load(next_source + tail_lane, inside & next_wanted, float("-inf"))
-        for slot in range(RING):
-            slope = slopes(ring.index(slot).load(LAYOUT), weight, binary, wanted)
-            gl.store(result + slot * (GROUPS * THREADS * 8) + lane, slope, cache_modifier=".cs")
+        for slot in range(DELAY):
+            value = ring.index(slot).load(LAYOUT)
+            slope = slopes(value, weight, binary, wanted)
+            gl.store(result + slot * CHUNK + lane, slope, cache_modifier=".cs")
             request(ring, slot, next_source, lane, next_wanted)
+        maximum, total = join(tail, nothing, gl.zeros_like(nothing))
+        for slot in range(DELAY, RING):
+            async_copy.wait_group(DELAY - 1)
+            value = ring.index(slot).load(LAYOUT)
+            arrived = ring.index(slot - DELAY).load(LAYOUT)
+            slope = slopes(value, weight, binary, wanted)
+            gl.store(result + slot * CHUNK + lane, slope, cache_modifier=".cs")
+            request(ring, slot, next_source, lane, next_wanted)
+            maximum, total = join(arrived, maximum, total)
         barrier()  # the target is written once more, by whichever thread
         own = weight * gl.exp2(chosen * LOG2_E - binary) - factor
         gl.store(result + target, own.to(element), known)
@@ -180,6 +198,7 @@ def launch_rows(
         RING=ring,
         GROUPS=1,
         TAIL=tail,
+        DELAY=min(DELAY, ring),
         num_warps=WARPS,
         maxnreg=65536 // (32 * WARPS * programs),
     )
@@ -190,10 +209,10 @@ def variants() -> Iterator[Variant]:
     integers = ("rows", "vocabulary", "logits_vectors", "gradient_vectors", "ignore_index")
     types = pointers | {"gradient": "*bf16"} | dict.fromkeys(integers, "i32")
     for name, warps, ring, groups, tail in (
-        ("16 warps", 16, 24, 1, 8),
-        ("16 warps of two groups", 16, 12, 2, 8),
-        ("32 warps", 32, 12, 1, 4),
-        ("50,304", 16, 12, 1, 1),
+        ("16 warps", 16, 28, 1, 4),
+        ("8 warps", 8, 56, 1, 8),
+        ("32 warps", 32, 14, 1, 2),
+        ("50,304", 16, 12, 1, 1), ("50304b", 8, 24, 1, 1), ("50304c", 8, 23, 1, 2),
     ):
-        constants = {"upstream_stride": 0, "Z_LOSS": 0.0, "RING": ring, "GROUPS": groups, "TAIL": tail}
+        constants = {"upstream_stride": 0, "Z_LOSS": 0.0, "RING": ring, "GROUPS": groups, "TAIL": tail, "DELAY": 6}
         yield Variant(name, cross_entropy_kernel, types, constants, warps, capabilities=(90,))

@@ -83,7 +83,7 @@ def test_the_operators_choose_it_where_it_can(monkeypatch):
 
 
 def inputs(shape, dtype=torch.bfloat16):
-    """Every third row is ignored: also the first of some program, and rows that follow each other."""
+    """Every third row is ignored: the first of some programs, and rows between others."""
     logits = (3 * torch.randn(shape, device="cuda")).to(dtype)
     targets = torch.randint(shape[1], shape[:1], device="cuda")
     targets[1::3] = -100

@@ -24,9 +24,7 @@ from torch import Tensor
 
 from implementations.lab.ahead_of_time import Variant
 from implementations.layers.cross_entropy_triton import (
-    BLOCK,
     EACH,
-    THREADS,
     WARPS,
     check_targets,
     cross_entropy_in_place_op,
@@ -148,7 +146,6 @@ def variants() -> Iterator[Variant]:
     """The one kernel, as it is launched from here: one upstream number for all rows."""
     pointers = {"logits": "*bf16", "targets": "*i64", "upstream": "*fp32", "losses": "*fp32"}
     integers = (
-        "rows",
         "vocabulary",
         "logits_stride",
         "gradient_stride",
@@ -156,8 +153,7 @@ def variants() -> Iterator[Variant]:
         "ignore_index",
     )
     types = pointers | {"gradient": "*bf16"} | dict.fromkeys(integers, "i32")
-    constants = {"Z_LOSS": 0.0, "GRADIENT": True, "THREADS": THREADS, "EACH": EACH}
-    constants |= {"GROUPS": BLOCK // THREADS // EACH}
+    constants = {"Z_LOSS": 0.0, "GRADIENT": True, "THREADS": 32 * WARPS, "EACH": EACH}
     yield Variant("a chunk", cross_entropy_kernel, types, constants, WARPS, capabilities=(90,))
 
 

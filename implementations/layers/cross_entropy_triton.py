@@ -34,6 +34,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from implementations.lab.ahead_of_time import Variant
+from implementations.layers.cross_entropy_hopper import launch_rows as launch_on_hopper
+from implementations.layers.cross_entropy_hopper import reads_once
 from implementations.layers.row_tiles import (
     as_rows,
     ceil_divide,
@@ -138,6 +140,9 @@ def launch_rows(
     z_loss: float,
 ) -> None:
     """One program a row. `upstream` has one number a row, or one for all."""
+    if gradient is not None and reads_once(logits, gradient):
+        options = ignore_index, z_loss
+        return launch_on_hopper(logits, targets, upstream, losses, gradient, *options)
     rows, vocabulary = logits.shape
     written = logits if gradient is None else gradient
     whole = power_of_two(vocabulary)

@@ -33,7 +33,7 @@ from implementations.lab.ahead_of_time import Variant
 from implementations.layers.row_tiles import ceil_divide, launch, power_of_two
 
 WARPS = 16
-DELAY = 6  # chunks on their way
+DELAY = 12  # chunks on their way
 CHUNK = 32 * WARPS * 8  # 16 bytes a thread
 # Programs of a multiprocessor, and the chunks that each holds in shared memory and in registers.
 PLACES = (2, 57344 // CHUNK, 8192 // CHUNK), (1, 114688 // CHUNK, 16384 // CHUNK)

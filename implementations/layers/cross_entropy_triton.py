@@ -6,7 +6,9 @@
                   logit_j' = upstream · (share_j (1 + 2 z normalizer) - [j = target])
 
 The second walk may write where the first has read: `cross_entropy_in_place` turns the logits into
-their own gradient. Its floor is one read and one write, if three conditions hold:
+their own gradient. Its floor is one read and one write. Where a row fits on the chip of a Hopper
+GPU, cross_entropy_hopper.py computes both, and keeps to that floor; everywhere else the kernel
+below, which keeps to it if three conditions hold:
 
     cache          The second read is of the L2 cache. At 32 registers a thread two programs of 1024
                    threads share each of the 132 multiprocessors of an H200, so 264 rows are at
@@ -295,7 +297,10 @@ def variants() -> Iterator[Variant]:
     constants = {"upstream_stride": 1, "Z_LOSS": 1e-4, "GRADIENT": True}
     constants |= {"THREADS": 32 * WARPS, "EACH": EACH}
     types |= {"ignore_index": "i32"}
-    yield Variant("loss and gradient", cross_entropy_kernel, types, constants, WARPS)
+    # For sm_90 linear_cross_entropy_triton.py compiles it.
+    yield Variant(
+        "loss and gradient", cross_entropy_kernel, types, constants, WARPS, capabilities=(80,)
+    )
 
 
 def main() -> None:

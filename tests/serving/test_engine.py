@@ -236,6 +236,17 @@ def test_a_stop_string_is_looked_for_in_its_own_text(tiny):
             assert not any(string in engine.text(g) for string in w.stop_strings)
 
 
+def test_a_text_ends_at_the_first_of_its_stop_strings(tiny):
+    engine = Engine(tiny, blocks=20, page=4, decode=decode)
+    generation = engine.add([3, 8], Parameters(12))
+    generation.tokens += [1, 2, 9, 4, 9]
+    written = decode(generation.output)
+    late, early, absent = decode([4, 9]), decode([2]), decode([7])
+    for strings in ((late, early, absent), (early, late), (absent, early, late)):
+        generation.parameters = Parameters(12, stop_strings=strings)
+        assert engine.text(generation) == written[: written.index(early)]
+
+
 def test_a_shared_start_is_read_once(tiny):
     engine = Engine(tiny, blocks=40, page=4, budget=64)
     start = torch.randint(29, (20,)).tolist()
@@ -533,6 +544,28 @@ def test_streams_hand_out_each_token_once_and_cancel_when_left(tiny):
     assert whole == alone(tiny, [1, 2], wanted, 8)[2:]
     assert left == alone(tiny, [3], wanted, 8)[1:4]
     assert used(engine) == 0
+
+
+def test_a_slow_reader_gets_all_tokens_of_a_request_that_has_ended(tiny):
+    """The fast reader makes the steps; the slow one's tokens wait for it beyond the last."""
+    engine, ended = Engine(tiny, blocks=40, page=4), []
+
+    async def read(prompt, pauses):
+        tokens = []
+        async for token in engine.stream(prompt, Parameters(8)):
+            tokens.append(token)
+            for _ in range(pauses):
+                await asyncio.sleep(0)
+            ended.append((prompt[0], used(engine) == 0))
+        return tokens
+
+    async def both():
+        return await asyncio.gather(read([1, 2], 0), read([3, 5], 40))
+
+    fast, slow = asyncio.run(both())
+    assert fast == alone(tiny, [1, 2], Parameters(8), 8)[2:]
+    assert slow == alone(tiny, [3, 5], Parameters(8), 8)[2:]
+    assert (3, True) in ended[:-1]  # it was over, and tokens were still to come
 
 
 def test_a_stream_raises_what_ended_its_request(tiny):

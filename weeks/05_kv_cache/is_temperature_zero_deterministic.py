@@ -110,7 +110,7 @@ def attention_in_company(config: Config) -> list[Finding]:
         claim = f"attention, {name}: batch sizes in which a text's bits are those alone"
         same = sum(output.equal(outputs[0]) for output in outputs)
         expected = None if shares is None else equals(len(outputs))
-        source = None if shares is None else "the same sums in the same order"
+        source = "" if shares is None else "the same sums in the same order"
         findings.append(Finding(claim, same, f"of {len(outputs)}", expected, source=source))
     return findings
 

@@ -58,11 +58,12 @@ class BlockManager:
     def __init__(self, blocks: int, page: int):
         if min(blocks, page) < 1:
             raise ValueError(f"a cache needs blocks and tokens in them, got {blocks} of {page}")
-        self.page = page
-        self.clear(blocks)
+        self.page, self.references = page, [0] * blocks
+        self.clear()
 
-    def clear(self, blocks: int) -> None:
+    def clear(self) -> None:
         """No text, and nothing to find."""
+        blocks = len(self.references)
         self.references = [0] * blocks
         self.idle = OrderedDict.fromkeys(range(blocks))  # in no table; the first is taken first
         self.digest: dict[int, bytes] = {}  # of blocks that can be found again

@@ -164,18 +164,21 @@ class Engine:
             ValueError: the request cannot be served; the sentence says why. Nothing is queued.
         """
         parameters = parameters or Parameters()
-        self.check(prompt, parameters)
+        tokens = self.check(prompt, parameters)
         start = parameters.constraint.start if parameters.constraint else 0
-        tokens, longest = list(map(int, prompt)), len(prompt) + parameters.max_tokens
+        longest = len(tokens) + parameters.max_tokens
         generation = Generation(tokens, longest, len(tokens), parameters, start)
         self.scheduler.add(generation)
         return generation
 
     def check(
         self, prompt: Sequence[int], parameters: Parameters, state: int | None = None
-    ) -> None:
-        """Raise ValueError unless the request can be served, its constraint in this state or at its
-        start."""
+    ) -> list[int]:
+        """The prompt as plain integers.
+
+        Raises:
+            ValueError: the request cannot be served, its constraint in this state or at its start.
+        """
         vocabulary, constraint = self.decoder.config.vocabulary, parameters.constraint
         tokens, stops = whole("tokens", prompt), whole("stop tokens", parameters.stop_tokens)
         (count,) = whole("max_tokens", [parameters.max_tokens])
@@ -207,6 +210,7 @@ class Engine:
             if fewest > count:
                 raise ValueError(f"the constraint needs at least {fewest} tokens, got {count}")
         self.scheduler.check(len(tokens) + count)
+        return tokens
 
     def fork(self, generation: Generation, parameters: Parameters) -> Generation:
         """A second continuation of what a request has written so far. Its constraint goes on too.
@@ -390,7 +394,7 @@ class Engine:
         text.tokens.append(token)
         if constraint is not None:
             text.state = state
-        if finish:
+        if finish:  # not by `end`: an interrupt at that call would leave a whole text unfinished
             text.finish = finish
             self.scheduler.release(text)
 

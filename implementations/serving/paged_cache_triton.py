@@ -191,8 +191,9 @@ def variants() -> Iterator[Variant]:
     types = {"row": "*bf16", "pages": "*bf16", "positions": "*i64", "slots": "*i64"}
     types |= {"frequencies": "*fp32", "row_token": "i32", "side": "i64"}
     constants = {"QUERIES": 9, "KEYS": 3, "DIM": 64, "HEADS": 16, "PAIRS": 32}
-    kernel, capabilities = turn_and_keep_kernel, (90,)
-    yield Variant("turn and keep", kernel, types, constants, WARPS, capabilities=capabilities)
+    yield Variant(
+        "turn and keep", turn_and_keep_kernel, types, constants, WARPS, capabilities=(90,)
+    )
 
 
 @torch.no_grad()

@@ -200,7 +200,7 @@ class Scheduler:
 
         A request is in one of the two queues at any time, so that an interrupt loses none.
         """
-        self.manager.clear(len(self.manager.references))
+        self.manager.clear()
         everybody = {*self.running, *self.waiting}
         for request in everybody:
             request.text = None
